@@ -1,0 +1,29 @@
+// common/limits.h
+//
+// Every bound of the system in one place: message sizes, queues, waits.
+
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+
+namespace refinery::limits {
+
+inline constexpr size_t kMaxMessageBytes = 8 << 20;          // gRPC receive limit, both directions
+inline constexpr size_t kBlobChunkBytes = 512 << 10;         // one WriteBlob / ReadBlob message
+inline constexpr size_t kMaxRecipeBytes = 256 << 10;
+inline constexpr size_t kMaxLogChunkBytes = 64 << 10;        // log text in one Synchronize
+inline constexpr size_t kMaxLogBytesPerAttempt = 64 << 20;
+inline constexpr size_t kMaxTasksPerJob = 20'000;
+inline constexpr size_t kMaxErrorBytes = 4096;
+
+inline constexpr std::chrono::milliseconds kLeaseTtl{30'000};
+inline constexpr std::chrono::milliseconds kSynchronizeInterval{1'000};  // while busy
+inline constexpr std::chrono::milliseconds kLongPoll{20'000};            // while idle
+inline constexpr std::chrono::milliseconds kRpcDeadline{30'000};
+inline constexpr std::chrono::milliseconds kWatchHeartbeat{15'000};
+
+inline constexpr uint32_t kProtocolVersion = 1;
+
+}  // namespace refinery::limits

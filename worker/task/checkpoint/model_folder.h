@@ -1,0 +1,44 @@
+// worker/task/checkpoint/model_folder.h
+//
+// A Hugging Face model folder: config.json, tokenizer.json, tokenizer_config.json, and weights in model.safetensors or in
+// shards named by model.safetensors.index.json. This is also Refinery's internal form of a model: `import_model` turns a
+// GGUF file into such a folder in the worker's model cache (see import.h).
+//
+// A folder with `quantization_config.quant_method == "gptq"` (v1 or v2, 2/3/4/8 bit) also opens: Get("<prefix>.weight")
+// returns the dequantized weight in float32, so that an exported artifact can be evaluated.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "worker/task/checkpoint/safetensors.h"
+
+namespace refinery::checkpoint {
+
+class ModelFolder {
+ public:
+  // NOT_FOUND / DATA_LOSS / INVALID_ARGUMENT, each naming the file.
+  static StatusOr<std::shared_ptr<ModelFolder>> Open(const std::filesystem::path& folder);
+
+  const std::filesystem::path& path() const { return path_; }
+  const nlohmann::json& config() const { return config_; }
+  bool Has(const std::string& name) const;
+  std::vector<std::string> Names() const;  // sorted; for a GPTQ folder the dequantized names
+  StatusOr<at::Tensor> Get(const std::string& name) const;
+
+ private:
+  std::filesystem::path path_;
+  nlohmann::json config_;
+  std::vector<std::shared_ptr<SafetensorsFile>> shards_;
+  std::map<std::string, size_t> shard_of_;
+};
+
+}  // namespace refinery::checkpoint

@@ -1,0 +1,35 @@
+// worker/task/data/encoded.h
+//
+// Tokenised examples: a prompt and an answer. The answer tokens are the ones that are learned and scored.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "worker/task/data/example.h"
+#include "worker/task/tokenizer/tokenizer.h"
+
+namespace refinery::data {
+
+struct EncodedExample {
+  std::vector<int32_t> tokens;     // prompt + answer (+ end token)
+  int64_t answer_begin = 0;        // index of the first answer token; >= 1
+  std::string key;                 // digest of the token ids and answer_begin (see TokenKey); names the row of a logit cache
+};
+
+// "sha256:..." over the little-endian int32 ids, preceded by answer_begin as int64.
+std::string TokenKey(const std::vector<int32_t>& tokens, int64_t answer_begin);
+
+// prompt = instruction (+ "\n" + input when there is one); answer = " " + output, tokenised together as lm-eval does
+// (trailing whitespace of the prompt moves to the answer; the answer ids are those after the prompt's). The tokenizer's end
+// token is appended as the last answer token where `append_end` is set.
+StatusOr<EncodedExample> Encode(const Example& example, const tokenizer::Tokenizer& tokenizer, bool append_end);
+
+// The same answer ids behind a longer prompt: context text + prompt, for a teacher that sees more than the student.
+// Returns tokens = encoded(context) ++ student tokens, answer_begin shifted accordingly.
+EncodedExample WithContext(const EncodedExample& example, const std::vector<int32_t>& context);
+
+}  // namespace refinery::data

@@ -1,0 +1,35 @@
+// worker/task/data/example.h
+//
+// One training example in Alpaca form and the JSONL files that hold them.
+
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+
+namespace refinery::data {
+
+struct Example {
+  std::string instruction;               // what the student sees, e.g. "Question: ...\nAnswer:"
+  std::string input;                     // Alpaca's optional second part
+  std::string output;                    // the answer; joined to the prompt by one space
+  std::string origin;                    // "seed" or "teacher"
+  std::vector<std::string> choices;      // multiple choice, where the task has them
+  int64_t answer_index = -1;             // into choices
+  nlohmann::json extra;                  // scores, topic, request index; kept, never interpreted by training
+};
+
+nlohmann::json ToJson(const Example& example);
+// Errors name `where` ("train.jsonl:12").
+StatusOr<Example> ExampleFromJson(const nlohmann::json& json, const std::string& where);
+StatusOr<std::vector<Example>> ReadExamples(const std::filesystem::path& jsonl, size_t limit = 0);
+Status WriteExamples(const std::filesystem::path& jsonl, const std::vector<Example>& examples);
+// Any JSONL file; errors name file and line.
+StatusOr<std::vector<nlohmann::json>> ReadJsonLines(const std::filesystem::path& jsonl, size_t limit = 0);
+
+}  // namespace refinery::data

@@ -1,0 +1,104 @@
+// worker/task/model/causal_lm.h
+//
+// A decoder-only transformer (Llama, SmolLM2, Mistral, Qwen2, Qwen3) as plain ATen calls, in stages that training,
+// quantization and decoding share. Everything works under autograd; only LoRA factors ever require a gradient.
+//
+// Shapes: T tokens of a packed batch, H hidden size, V vocabulary, n/m query/key-value heads, d head_dim.
+// Dtypes: weights and activations in the model's dtype; norms, rotary embedding and softmax in float32.
+// Errors: c10::Error on shape bugs.  Threads: const methods are thread-safe.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "worker/task/checkpoint/model_folder.h"
+#include "worker/task/checkpoint/peft_adapter.h"
+#include "worker/task/model/config.h"
+
+namespace refinery::model {
+
+// y = x W^T + bias [+ lora_scale * (x A^T) B^T].  Adapter factors are float32; their product is cast to x's dtype.
+struct Linear {
+  std::string name;        // "model.layers.3.self_attn.q_proj"
+  at::Tensor weight;       // [out, in]
+  at::Tensor bias;         // [out] or undefined
+  at::Tensor lora_a;       // [r, in]  float32 or undefined
+  at::Tensor lora_b;       // [out, r] float32
+  double lora_scale = 0;
+
+  at::Tensor operator()(const at::Tensor& x) const;
+};
+
+struct DecoderLayer {
+  at::Tensor input_norm;            // [H]
+  at::Tensor post_attention_norm;   // [H]
+  at::Tensor q_norm, k_norm;        // [d], Qwen3 only
+  Linear q, k, v, o, gate, up, down;
+
+  // In GPTQ's order: q k v, o, gate up, down.
+  std::vector<Linear*> Linears();
+};
+
+// Sequences laid end to end without padding; attention never crosses a border and positions restart at 0.
+struct PackedBatch {
+  at::Tensor token_ids;             // [T] int64
+  std::vector<int64_t> lengths;     // of the sequences, sum T
+};
+
+// cos and sin of the rotary embedding, [T, d] float32.
+struct Rotary {
+  at::Tensor cos, sin;
+};
+
+struct LoadOptions {
+  at::ScalarType dtype = at::kBFloat16;
+  at::Device device = at::kCPU;
+};
+
+class CausalLm {
+ public:
+  // DATA_LOSS / INVALID_ARGUMENT naming the tensor when one is missing or has the wrong shape.
+  static StatusOr<std::shared_ptr<CausalLm>> Load(const checkpoint::ModelFolder& folder, const LoadOptions& options);
+
+  // Adds the adapter as factors beside the weights (trainable form). INVALID_ARGUMENT for an unknown module.
+  Status AttachAdapter(const checkpoint::PeftAdapter& adapter);
+  // Merges the adapter into the weights: computed in float32, rounded once to the weights' dtype.
+  Status MergeAdapter(const checkpoint::PeftAdapter& adapter);
+
+  const ModelConfig& config() const { return config_; }
+  at::Device device() const { return embed_tokens.device(); }
+  at::ScalarType dtype() const { return embed_tokens.scalar_type(); }
+
+  // Stages, in the order of a forward pass.
+  at::Tensor Embed(const at::Tensor& token_ids) const;                              // [T] -> [T, H]
+  Rotary MakeRotary(const at::Tensor& positions) const;                             // [T] int64
+  Rotary MakeRotary(const std::vector<int64_t>& lengths) const;                     // positions restart per sequence
+  at::Tensor Normalize(const at::Tensor& x, const at::Tensor& weight) const;        // RMS norm
+  // q [T, n*d], k and v [T, m*d] before the rotary embedding -> context [T, n*d], causal within each sequence.
+  at::Tensor Attend(const DecoderLayer& layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const std::vector<int64_t>& lengths, const Rotary& rotary) const;
+  at::Tensor ForwardLayer(const DecoderLayer& layer, const at::Tensor& hidden, const std::vector<int64_t>& lengths,
+                          const Rotary& rotary) const;
+  at::Tensor Hidden(const PackedBatch& batch) const;                                // [T, H], after the final norm
+  at::Tensor Logits(const at::Tensor& hidden) const;                                // [*, H] -> [*, V], model dtype
+
+  // The linear layer of that name, or nullptr.
+  Linear* FindLinear(const std::string& name);
+
+  at::Tensor embed_tokens;          // [V, H]
+  at::Tensor final_norm;            // [H]
+  at::Tensor lm_head;               // [V, H]; the same tensor as embed_tokens when tied
+  std::vector<DecoderLayer> layers;
+
+ private:
+  ModelConfig config_;
+  at::Tensor inverse_frequencies_;  // [d/2] float32
+  double attention_scaling_ = 1;    // yarn
+};
+
+}  // namespace refinery::model

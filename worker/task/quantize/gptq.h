@@ -1,0 +1,61 @@
+// worker/task/quantize/gptq.h
+//
+// GPTQ of one weight matrix (Frantar et al. 2022, arXiv:2210.17323): given W and the Hessian X^T X of its inputs, integer codes
+// and scales that minimise tr((W - Q) H (W - Q)^T) greedily, column by column.
+//
+// Shapes: W [out, in], H [in, in], group size g along `in` (the last group may be ragged), codes [out, in] unsigned
+// 0 .. 2^bits - 1, scales [out, groups] float16, zero point 2^(bits-1) for every group (symmetric).
+// Dtypes: computed in float32.  Scales are rounded to float16 before the codes, so the codes are exact for the stored scale.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+namespace refinery::quantize {
+
+struct GptqSettings {
+  int64_t bits = 4;              // 2, 3, 4, 8
+  int64_t group_size = 64;       // -1 = one group
+  double damp_fraction = 0.01;   // of mean(diag H); raised by itself when the Cholesky factorisation fails
+  bool order_groups = true;      // process groups and columns within them by descending diag H (codes keep their place)
+};
+
+struct QuantizedLinear {
+  at::Tensor codes;              // [out, in] uint8
+  at::Tensor scales;             // [out, groups] float16, may be negative (full-range symmetric grid)
+  int64_t bits = 0;
+  int64_t group_size = 0;        // resolved: never -1
+
+  // scale * (code - 2^(bits-1)), [out, in] float32.
+  at::Tensor Dequantize() const;
+};
+
+struct GptqReport {
+  double relative_error = 0;     // tr((W-Q) H (W-Q)^T) / tr(W H W^T)
+  double rtn_relative_error = 0; // the same for plain rounding on the same grid rule
+  double damp_fraction = 0;      // used in the end
+  int64_t dead_columns = 0;
+  std::vector<std::string> notes;  // fallbacks
+};
+
+// weight [out, in] any float dtype; hessian [in, in] float32 (any positive factor). Throws runtime::NumericException naming
+// `name` when weight or Hessian is not finite.
+QuantizedLinear Gptq(const std::string& name, const at::Tensor& weight, const at::Tensor& hessian,
+                     const GptqSettings& settings, GptqReport* report);
+
+// Round to nearest on the same grid rule (no Hessian).
+QuantizedLinear RoundToNearest(const at::Tensor& weight, const GptqSettings& settings);
+
+// Codes packed as GPTQ v1 stores them: qweight [in*bits/32, out] int32 along `in`, qzeros [groups, out*bits/32] int32 holding
+// zero-1, scales [groups, out] float16, g_idx [in] int32. in and out must be multiples of 32.
+struct PackedGptq {
+  at::Tensor qweight, qzeros, scales, g_idx;
+};
+PackedGptq PackGptqV1(const QuantizedLinear& linear);
+// The inverse, for checking what was written.
+QuantizedLinear UnpackGptqV1(const PackedGptq& packed, int64_t bits, int64_t group_size);
+
+}  // namespace refinery::quantize

@@ -1,0 +1,51 @@
+// worker/task/tokenizer/tokenizer.h
+//
+// Hugging Face tokenizers and chat templates through the Rust bridge (worker/task/rust: crates `tokenizers`, `minijinja`).
+// Threads: const methods are thread-safe.
+
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/status.h"
+
+namespace refinery::tokenizer {
+
+struct ChatMessage {
+  std::string role;     // "system", "user", "assistant"
+  std::string content;
+};
+
+class Tokenizer {
+ public:
+  // Reads tokenizer.json, tokenizer_config.json and (for end-of-text ids) config.json / generation_config.json.
+  static StatusOr<std::shared_ptr<const Tokenizer>> Load(const std::filesystem::path& model_folder);
+  ~Tokenizer();
+  Tokenizer(const Tokenizer&) = delete;
+  Tokenizer& operator=(const Tokenizer&) = delete;
+
+  // Ids of `text`. With add_special_tokens the tokenizer's own post-processor runs (Llama-3 adds BOS, SmolLM2 does not).
+  StatusOr<std::vector<int32_t>> Encode(std::string_view text, bool add_special_tokens = true) const;
+  StatusOr<std::string> Decode(const std::vector<int32_t>& ids, bool skip_special_tokens = true) const;
+  // The chat template over `messages`. FAILED_PRECONDITION when the model has none.
+  StatusOr<std::string> ApplyChatTemplate(const std::vector<ChatMessage>& messages, bool add_generation_prompt) const;
+
+  int64_t vocab_size() const;
+  std::optional<int32_t> bos_id() const;
+  // Every id that ends a generation (eos_token and generation_config's list).
+  const std::vector<int32_t>& end_ids() const;
+  std::optional<int32_t> IdOf(std::string_view token) const;
+
+ private:
+  struct Impl;
+  explicit Tokenizer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace refinery::tokenizer

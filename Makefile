@@ -1,0 +1,35 @@
+# The commands that people type. Everything else is CMake (see CMakePresets.json).
+.PHONY: demo test parity install build clean
+
+PRESET ?= dev
+BUILD := build/$(PRESET)
+export CCACHE_SLOPPINESS := pch_defines,time_macros
+export CCACHE_MAXSIZE ?= 10G
+
+# The main job on a real model, from a fresh machine to a report.
+demo: install-model build
+	$(BUILD)/bin/refinery data pull arc_easy
+	$(BUILD)/bin/refinery run deploy/recipes/demo.yaml
+
+# Every test that needs no GPU.
+test: install-model build
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j1
+
+# Comparisons with the live Python peers in a virtual environment of their own.
+parity: install-model build
+	tests/parity/run.sh $(BUILD)
+
+install:
+	deploy/install_dependencies.sh
+
+install-model:
+	deploy/install_dependencies.sh model
+
+build:
+	@test -f $(BUILD)/build.ninja || cmake --preset $(PRESET)
+	cmake --build $(BUILD)
+
+clean:
+	rm -rf build
+
+.PHONY: install-model

@@ -50,7 +50,16 @@ StatusOr<Plan> MakePlan(const v1::Recipe& recipe, const std::map<std::string, st
 std::string PlanText(const Plan& plan);
 
 // Identity of a task: digest of (kind, parameters, seed, input names and digests, code version). Equal identities give equal
-// outputs, so a finished one is reused. The job id and the path are not part of it; for `evaluate` neither is the variant name.
+// outputs, so a finished one is reused. The job id and the path are not part of it; for `evaluate` neither is the variant name;
+// nor are threads, artifact sizes, the order of the inputs and the "checkpoint" that a train task resumes from.
+// The seed counts only for kinds that draw random numbers (IsSeeded); the others have seed 0 in the plan.
 std::string TaskDigest(const v1::TaskSpec& spec, const std::string& code_version);
+
+// Kinds whose work draws random numbers: synthesize, critique, curate, teacher_logits, train.
+bool IsSeeded(v1::TaskKind kind);
+
+// Whether a finished task of this kind may stand for another one with the same digest. Not import_model: it reads by
+// reference, and what lies at the place may have changed.
+bool IsReusable(v1::TaskKind kind);
 
 }  // namespace refinery::plan

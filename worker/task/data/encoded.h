@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/status.h"
@@ -23,13 +24,27 @@ struct EncodedExample {
 // "sha256:..." over the little-endian int32 ids, preceded by answer_begin as int64.
 std::string TokenKey(const std::vector<int32_t>& tokens, int64_t answer_begin);
 
+// Context and continuation of one scored text, tokenised exactly as lm-evaluation-harness 0.4.13 does: the context's trailing
+// white space moves to the continuation; continuation ids are those of the whole text after as many as the context has; an
+// empty context becomes the BOS (else EOS) token. The model's input is context ++ continuation.
+struct EncodedPair {
+  std::vector<int32_t> context;       // at least one
+  std::vector<int32_t> continuation;  // may be empty when merges swallow it
+};
+StatusOr<EncodedPair> EncodePair(std::string_view context, std::string_view continuation,
+                                 const tokenizer::Tokenizer& tokenizer);
+
+// instruction (+ "\n" + input).
+std::string PromptOf(const Example& example);
+
 // prompt = instruction (+ "\n" + input when there is one); answer = " " + output, tokenised together as lm-eval does
 // (trailing whitespace of the prompt moves to the answer; the answer ids are those after the prompt's). The tokenizer's end
 // token is appended as the last answer token where `append_end` is set.
 StatusOr<EncodedExample> Encode(const Example& example, const tokenizer::Tokenizer& tokenizer, bool append_end);
 
 // The same answer ids behind a longer prompt: context text + prompt, for a teacher that sees more than the student.
-// Returns tokens = encoded(context) ++ student tokens, answer_begin shifted accordingly.
+// Returns tokens = encoded(context) ++ student tokens, answer_begin shifted accordingly. The key stays the student's:
+// it names the row that the student will look up.
 EncodedExample WithContext(const EncodedExample& example, const std::vector<int32_t>& context);
 
 }  // namespace refinery::data

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -29,6 +30,10 @@ nlohmann::json ToJson(const Example& example);
 StatusOr<Example> ExampleFromJson(const nlohmann::json& json, const std::string& where);
 StatusOr<std::vector<Example>> ReadExamples(const std::filesystem::path& jsonl, size_t limit = 0);
 Status WriteExamples(const std::filesystem::path& jsonl, const std::vector<Example>& examples);
+// Every line of a JSONL file that is not blank, at most `limit` of them (0 = all). `where` is "FILE:LINE". NOT_FOUND,
+// INVALID_ARGUMENT for a line that is not JSON, or the first error that `visit` returns.
+Status ForEachJsonLine(const std::filesystem::path& jsonl, size_t limit,
+                       const std::function<Status(nlohmann::json row, const std::string& where)>& visit);
 // Any JSONL file; errors name file and line.
 StatusOr<std::vector<nlohmann::json>> ReadJsonLines(const std::filesystem::path& jsonl, size_t limit = 0);
 

@@ -1,0 +1,98 @@
+// Codes in the layout of HF GPTQ v1 (docs/formats.md): dense little-endian bit streams of 32 values in `bits` words, along `in`
+// for qweight and along `out` for qzeros. For 2, 4 and 8 bits that is the same as 32 / bits whole values in each word; for 3
+// bits values 10 and 21 straddle words.
+
+#include "worker/task/runtime/torch.h"
+
+#include "worker/task/quantize/gptq.h"
+
+namespace refinery::quantize {
+namespace {
+
+constexpr int64_t kRun = 32;  // values that fill a whole number of words at every width
+
+// values [runs * 32, lanes] -> words [runs * bits, lanes].
+at::Tensor PackRuns(const at::Tensor& values, int64_t bits) {
+  const at::Tensor source = values.to(at::kByte).contiguous();
+  const int64_t runs = source.size(0) / kRun, lanes = source.size(1);
+  at::Tensor words = at::zeros({runs * bits, lanes}, at::kInt);
+  const uint8_t* in = source.const_data_ptr<uint8_t>();
+  auto* out = reinterpret_cast<uint32_t*>(words.data_ptr<int32_t>());
+  at::parallel_for(0, runs, 1, [&](int64_t first, int64_t last) {
+    for (int64_t run = first; run < last; ++run) {
+      for (int64_t v = 0; v < kRun; ++v) {
+        const int64_t bit = v * bits, word = bit / 32, shift = bit % 32;
+        const uint8_t* row = in + (run * kRun + v) * lanes;
+        uint32_t* low = out + (run * bits + word) * lanes;
+        const bool straddles = shift + bits > 32;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          low[lane] |= static_cast<uint32_t>(row[lane]) << shift;
+          if (straddles) low[lanes + lane] |= static_cast<uint32_t>(row[lane]) >> (32 - shift);
+        }
+      }
+    }
+  });
+  return words;
+}
+
+// The inverse: words [runs * bits, lanes] -> values [runs * 32, lanes] uint8.
+at::Tensor UnpackRuns(const at::Tensor& packed, int64_t bits) {
+  const at::Tensor source = packed.to(at::kInt).contiguous();
+  TORCH_CHECK(source.size(0) % bits == 0, "packed tensor of ", source.size(0), " words is not a multiple of ", bits);
+  const int64_t runs = source.size(0) / bits, lanes = source.size(1);
+  at::Tensor values = at::empty({runs * kRun, lanes}, at::kByte);
+  const auto* in = reinterpret_cast<const uint32_t*>(source.const_data_ptr<int32_t>());
+  auto* out = values.data_ptr<uint8_t>();
+  const uint32_t mask = (uint32_t{1} << bits) - 1;
+  at::parallel_for(0, runs, 1, [&](int64_t first, int64_t last) {
+    for (int64_t run = first; run < last; ++run) {
+      for (int64_t v = 0; v < kRun; ++v) {
+        const int64_t bit = v * bits, word = bit / 32, shift = bit % 32;
+        const uint32_t* low = in + (run * bits + word) * lanes;
+        const bool straddles = shift + bits > 32;
+        uint8_t* row = out + (run * kRun + v) * lanes;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          uint32_t value = low[lane] >> shift;
+          if (straddles) value |= low[lanes + lane] << (32 - shift);
+          row[lane] = static_cast<uint8_t>(value & mask);
+        }
+      }
+    }
+  });
+  return values;
+}
+
+}  // namespace
+
+PackedGptq PackGptqV1(const QuantizedLinear& linear) {
+  const int64_t out = linear.codes.size(0), in = linear.codes.size(1), groups = linear.scales.size(1);
+  TORCH_CHECK(out % kRun == 0 && in % kRun == 0, "GPTQ v1 packs multiples of 32, not ", linear.codes.sizes());
+  PackedGptq packed;
+  packed.qweight = PackRuns(linear.codes.cpu().t(), linear.bits);
+  // v1 stores the zero point minus one; readers add it again.
+  const int64_t stored_zero = (int64_t{1} << (linear.bits - 1)) - 1;
+  const at::Tensor zeros = at::full({out, groups}, stored_zero, at::kByte);
+  packed.qzeros = PackRuns(zeros, linear.bits).t().contiguous();
+  packed.scales = linear.scales.cpu().t().to(at::kHalf).contiguous();
+  packed.g_idx = at::arange(in, at::kInt).floor_divide(linear.group_size).to(at::kInt);
+  return packed;
+}
+
+QuantizedLinear UnpackGptqV1(const PackedGptq& packed, int64_t bits, int64_t group_size) {
+  QuantizedLinear linear{.bits = bits};
+  linear.codes = UnpackRuns(packed.qweight, bits).t().contiguous();
+  linear.scales = packed.scales.t().contiguous();
+  const int64_t in = linear.codes.size(1), out = linear.codes.size(0);
+  linear.group_size = group_size <= 0 ? in : group_size;
+  TORCH_CHECK(packed.scales.size(0) == (in + linear.group_size - 1) / linear.group_size && packed.scales.size(1) == out,
+              "scales ", packed.scales.sizes(), " do not fit ", out, " x ", in, " codes in groups of ", linear.group_size);
+  const at::Tensor zeros = UnpackRuns(packed.qzeros.t(), bits);
+  TORCH_CHECK(zeros.size(0) == out && zeros.size(1) == packed.scales.size(0) &&
+                  zeros.eq((int64_t{1} << (bits - 1)) - 1).all().item<bool>(),
+              "qzeros do not hold the symmetric zero point");
+  const at::Tensor expected = at::arange(in, at::kInt).floor_divide(linear.group_size).to(at::kInt);
+  TORCH_CHECK(at::equal(packed.g_idx.to(at::kInt), expected), "g_idx is not in order");
+  return linear;
+}
+
+}  // namespace refinery::quantize

@@ -7,7 +7,9 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -22,6 +24,14 @@ struct ChatMessage {
   std::string content;
 };
 
+struct ChatOptions {
+  // What strftime_now tells a template, in seconds since 1970 (UTC). Fixed, not the clock, so that the same messages give
+  // the same tokens on every day; 26 July 2024 is the date that Llama 3's own template falls back to.
+  int64_t now_seconds = 1'721'952'000;
+  // Further variables of the template, e.g. {"enable_thinking", false}; they replace those of the same name.
+  std::map<std::string, nlohmann::json> variables;
+};
+
 class Tokenizer {
  public:
   // Reads tokenizer.json, tokenizer_config.json and (for end-of-text ids) config.json / generation_config.json.
@@ -34,7 +44,10 @@ class Tokenizer {
   StatusOr<std::vector<int32_t>> Encode(std::string_view text, bool add_special_tokens = true) const;
   StatusOr<std::string> Decode(const std::vector<int32_t>& ids, bool skip_special_tokens = true) const;
   // The chat template over `messages`. FAILED_PRECONDITION when the model has none.
+  // INVALID_ARGUMENT with the template's own words when it refuses the messages (raise_exception).
   StatusOr<std::string> ApplyChatTemplate(const std::vector<ChatMessage>& messages, bool add_generation_prompt) const;
+  StatusOr<std::string> ApplyChatTemplate(const std::vector<ChatMessage>& messages, bool add_generation_prompt,
+                                          const ChatOptions& options) const;
 
   int64_t vocab_size() const;
   std::optional<int32_t> bos_id() const;

@@ -6,7 +6,13 @@
 //   loss = kl_weight * T^2 * KL_T(teacher || student) + (1 - kl_weight) * cross-entropy        (nats, mean over answer tokens)
 //
 // KL_T: both sides at temperature T (Hinton et al. 2015, arXiv:1503.02531). The teacher's K entries are exact; the rest of its
-// mass is one tail bucket compared with the student's mass outside the same K entries.
+// mass is one tail bucket compared with the student's mass outside the same K entries, which is summed exactly. At T != 1 the
+// teacher's tail is taken as flat (see TeacherAtTemperature in kd_row.h). KL_T is never negative.
+//
+// Shapes: N answer positions, H hidden size, V vocabulary, K teacher entries.
+// Dtypes: head products in hidden's dtype; softmax, KL and gradient in float32 (float64 for float64 hidden).
+// Devices: on the CPU, bfloat16 and float32 run in one fused kernel over rows; anything else takes the same steps in ATen.
+// Errors: c10::Error on shape bugs and ids outside the vocabulary.  Threads: no shared state.
 
 #pragma once
 
@@ -24,8 +30,8 @@ struct KdSettings {
 
 struct KdResult {
   at::Tensor loss;           // scalar float32, differentiable with respect to `hidden`
-  double kl = 0;             // unscaled KL at temperature T, nats per token
-  double cross_entropy = 0;  // nats per token
+  double kl = 0;             // unscaled KL at temperature T, sum / normalizer, i.e. nats per token when it is N
+  double cross_entropy = 0;  // likewise, at temperature 1
 };
 
 // hidden   [N, H]  the student's final hidden states at the positions that predict the N answer tokens

@@ -11,6 +11,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -60,14 +61,20 @@ struct LoadOptions {
   at::Device device = at::kCPU;
 };
 
+// The tensor of that name ("model.layers.0.mlp.up_proj.weight"), NOT_FOUND where there is none.
+using TensorSource = std::function<StatusOr<at::Tensor>(const std::string& name)>;
+
 class CausalLm {
  public:
   // DATA_LOSS / INVALID_ARGUMENT naming the tensor when one is missing or has the wrong shape.
   static StatusOr<std::shared_ptr<CausalLm>> Load(const checkpoint::ModelFolder& folder, const LoadOptions& options);
+  // The same from any source. Weights are copied: q k v and gate up of a layer each lie in one storage (see projection.h).
+  static StatusOr<std::shared_ptr<CausalLm>> Load(const ModelConfig& config, const TensorSource& source,
+                                                  const LoadOptions& options);
 
   // Adds the adapter as factors beside the weights (trainable form). INVALID_ARGUMENT for an unknown module.
   Status AttachAdapter(const checkpoint::PeftAdapter& adapter);
-  // Merges the adapter into the weights: computed in float32, rounded once to the weights' dtype.
+  // Merges the adapter into the weights, in place: computed in float32, rounded once to the weights' dtype.
   Status MergeAdapter(const checkpoint::PeftAdapter& adapter);
 
   const ModelConfig& config() const { return config_; }
@@ -89,6 +96,7 @@ class CausalLm {
 
   // The linear layer of that name, or nullptr.
   Linear* FindLinear(const std::string& name);
+  const Linear* FindLinear(const std::string& name) const;
 
   at::Tensor embed_tokens;          // [V, H]
   at::Tensor final_norm;            // [H]
@@ -96,6 +104,9 @@ class CausalLm {
   std::vector<DecoderLayer> layers;
 
  private:
+  // The layer an adapter's module names, after checking the factors' shapes.
+  StatusOr<Linear*> AdaptedLinear(const std::string& module, const checkpoint::LoraPair& pair);
+
   ModelConfig config_;
   at::Tensor inverse_frequencies_;  // [d/2] float32
   double attention_scaling_ = 1;    // yarn

@@ -40,6 +40,7 @@ struct ModelConfig {
   bool tie_word_embeddings = false;
   bool attention_bias = false;   // q, k, v (Qwen2)
   bool attention_output_bias = false;
+  bool mlp_bias = false;         // gate, up, down (some Llama)
   bool qk_norm = false;          // Qwen3
   int64_t sliding_window = 0;    // 0 = none (Mistral)
   std::vector<int32_t> eos_token_ids;

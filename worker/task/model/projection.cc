@@ -61,7 +61,7 @@ struct ProjectFunction : Function<ProjectFunction> {
     const at::Tensor y = Base(x, plan);
     std::vector<at::Tensor> stack;
     for (const at::Tensor& a : factors_a) {
-      if (a.defined()) stack.push_back(a.to(x.scalar_type()));
+      if (a.numel() > 0) stack.push_back(a.to(x.scalar_type()));
     }
     const at::Tensor a = at::cat(stack), u = at::linear(x, a);
     variable_list saved = {x, u, a};
@@ -69,7 +69,7 @@ struct ProjectFunction : Function<ProjectFunction> {
     std::vector<double> scales;
     int64_t column = 0, rank_column = 0;
     for (size_t i = 0; i < plan.layers.size(); ++i) {
-      const int64_t outputs = plan.layers[i]->weight.size(0), rank = factors_a[i].defined() ? factors_a[i].size(0) : 0;
+      const int64_t outputs = plan.layers[i]->weight.size(0), rank = factors_a[i].size(0);
       if (rank > 0) {
         const at::Tensor b = factors_b[i].to(x.scalar_type());
         y.narrow(1, column, outputs).addmm_(u.narrow(1, rank_column, rank), b.t(), 1, plan.layers[i]->lora_scale);
@@ -152,8 +152,10 @@ at::Tensor Project(const at::Tensor& x, const std::vector<const Linear*>& layers
   bool has_factors = false;
   for (const Linear* layer : layers) has_factors |= layer->lora_a.defined();
   if (!has_factors) return Base(x, plan);
-  const auto a = [&](size_t i) { return i < layers.size() ? layers[i]->lora_a : at::Tensor(); };
-  const auto b = [&](size_t i) { return i < layers.size() ? layers[i]->lora_b : at::Tensor(); };
+  // Autograd does not take undefined inputs: an empty tensor stands for "no factors".
+  const at::Tensor none = at::empty({0}, x.options().dtype(at::kFloat));
+  const auto a = [&](size_t i) { return i < layers.size() && layers[i]->lora_a.defined() ? layers[i]->lora_a : none; };
+  const auto b = [&](size_t i) { return i < layers.size() && layers[i]->lora_b.defined() ? layers[i]->lora_b : none; };
   return ProjectFunction::apply(x, a(0), b(0), a(1), b(1), a(2), b(2), plan);
 }
 

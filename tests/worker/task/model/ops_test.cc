@@ -1,0 +1,97 @@
+#include "worker/task/runtime/torch.h"
+// The precompiled header comes first.
+#include <gtest/gtest.h>
+
+#include "worker/task/model/ops.h"
+
+namespace refinery::model {
+namespace {
+
+// Largest difference from the float64 oracle, in units of the result's own rounding step.
+double RoundingSteps(const at::Tensor& got, const at::Tensor& want) {
+  const double epsilon = got.scalar_type() == at::kBFloat16 ? 0x1p-8 : 0x1p-20;
+  return ((got.to(at::kDouble) - want).abs() / (want.abs() + 1e-3)).max().item<double>() / epsilon;
+}
+
+struct Case {
+  at::ScalarType dtype;
+  int64_t rows, columns;
+};
+class OpsTest : public ::testing::TestWithParam<Case> {};
+INSTANTIATE_TEST_SUITE_P(Shapes, OpsTest,
+                         ::testing::Values(Case{at::kFloat, 3, 5}, Case{at::kFloat, 130, 576}, Case{at::kFloat, 2, 33},
+                                           Case{at::kBFloat16, 3, 5}, Case{at::kBFloat16, 130, 576}, Case{at::kBFloat16, 2, 33}));
+
+// Goal: the CPU kernels round the exact result once, forward and backward, also where rows are no multiple of 16.
+// Oracle: the formula in float64 under autograd.
+TEST_P(OpsTest, RmsNormIsExact) {
+  at::manual_seed(1);
+  const auto [dtype, rows, columns] = GetParam();
+  const at::Tensor x = at::randn({rows, columns}).to(dtype).requires_grad_(), weight = at::randn({columns}).to(dtype);
+  const at::Tensor dy = at::randn({rows, columns}).to(dtype);
+  const at::Tensor wide = x.detach().to(at::kDouble).requires_grad_();
+  const at::Tensor want = wide * (wide.square().mean(-1, true) + 1e-5).rsqrt() * weight.to(at::kDouble);
+  const at::Tensor got = RmsNorm(x, weight, 1e-5);
+  EXPECT_LE(RoundingSteps(got, want), 1);
+  got.backward(dy);
+  want.backward(dy.to(at::kDouble));
+  EXPECT_LE(((x.grad().to(at::kDouble) - wide.grad()).norm() / wide.grad().norm()).item<double>(),
+            dtype == at::kBFloat16 ? 0.004 : 1e-6);
+}
+
+TEST_P(OpsTest, SiluMulIsExact) {
+  at::manual_seed(2);
+  const auto [dtype, rows, columns] = GetParam();
+  const at::Tensor x = (at::randn({rows, 2 * columns}) * 4).to(dtype).requires_grad_();
+  const at::Tensor dy = at::randn({rows, columns}).to(dtype);
+  const at::Tensor wide = x.detach().to(at::kDouble).requires_grad_();
+  const at::Tensor want = at::silu(wide.narrow(1, 0, columns)) * wide.narrow(1, columns, columns);
+  const at::Tensor got = SiluMul(x);
+  EXPECT_LE(RoundingSteps(got, want), 1);
+  got.backward(dy);
+  want.backward(dy.to(at::kDouble));
+  EXPECT_LE(((x.grad().to(at::kDouble) - wide.grad()).norm() / wide.grad().norm()).item<double>(),
+            dtype == at::kBFloat16 ? 0.004 : 1e-6);
+}
+
+// Goal: extreme gates neither overflow nor hide a NaN.
+TEST(OpsTest, SiluMulAtTheEdges) {
+  const at::Tensor gates = at::tensor({-1e30, -200.0, 0.0, 200.0, 1e30, std::nan("")}, at::kFloat);
+  const at::Tensor x = at::cat({gates.repeat({6}), at::ones({36})}).unsqueeze(0);  // 36 columns: two whole vectors and a tail
+  const at::Tensor y = SiluMul(x).view({6, 6});
+  for (int64_t i = 0; i < 6; ++i) {
+    EXPECT_NEAR(y[i][1].item<float>(), 0, 1e-30);
+    EXPECT_EQ(y[i][3].item<float>(), 200);
+    EXPECT_EQ(y[i][4].item<float>(), 1e30f);
+    EXPECT_TRUE(std::isnan(y[i][5].item<float>()));
+  }
+  EXPECT_TRUE(std::isnan(RmsNorm(at::full({1, 32}, std::nan("")).to(at::kBFloat16), at::ones({32}, at::kBFloat16), 1e-5)
+                             .sum().item<float>()));
+}
+
+// Goal: the window and grouped heads.  Oracle: softmax attention spelled out in float64 with an explicit mask.
+TEST(OpsTest, AttentionEqualsSoftmaxSpelledOut) {
+  at::manual_seed(3);
+  const AttentionShape shape{.heads = 6, .kv_heads = 2, .head_dim = 10, .sliding_window = 4};
+  const std::vector<int64_t> lengths = {1, 9, 9, 3, 0, 20};
+  const int64_t tokens = 42, d = 10;
+  const at::Tensor qkv = at::randn({tokens, 100}), cos = at::ones({tokens, d}), sin = at::zeros({tokens, d});
+  const at::Tensor wide = qkv.to(at::kDouble);
+  std::vector<at::Tensor> want;
+  int64_t begin = 0;
+  for (int64_t length : lengths) {
+    const at::Tensor rows = wide.narrow(0, begin, length).view({length, 10, d}).transpose(0, 1);
+    const at::Tensor k = rows.narrow(0, 6, 2).repeat_interleave(3, 0), v = rows.narrow(0, 8, 2).repeat_interleave(3, 0);
+    const at::Tensor age = at::arange(length).unsqueeze(1) - at::arange(length);
+    const at::Tensor hidden = (age < 0).logical_or(age >= 4);
+    const at::Tensor scores = at::matmul(rows.narrow(0, 0, 6), k.transpose(1, 2)) / std::sqrt(10.0);
+    want.push_back(at::matmul(scores.masked_fill(hidden, -INFINITY).softmax(-1), v).transpose(0, 1).reshape({length, 60}));
+    begin += length;
+  }
+  const at::Tensor expected = at::cat(want);
+  EXPECT_LT((PackedAttention(qkv, cos, sin, lengths, shape).to(at::kDouble) - expected).abs().max().item<double>(), 1e-5);
+  EXPECT_LT((PackedAttention(wide, cos, sin, lengths, shape) - expected).abs().max().item<double>(), 1e-10);
+}
+
+}  // namespace
+}  // namespace refinery::model

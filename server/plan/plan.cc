@@ -18,6 +18,7 @@ class Planner {
 
   StatusOr<Plan> Make() {
     RF_RETURN_IF_ERROR(CheckFiles());
+    RF_RETURN_IF_ERROR(CheckSize());
     AddImports();
     AddData();
     AddTeacherLogits();
@@ -25,9 +26,6 @@ class Planner {
     AddMergeAndQuantize();
     AddEvaluations();
     AddExport();
-    if (plan_.tasks.size() > limits::kMaxTasksPerJob)
-      return FailedPrecondition("the plan has ", plan_.tasks.size(), " tasks; a job may have ", limits::kMaxTasksPerJob,
-                                "; lower data.synthesize.shards, search.trials or search.replicates");
     return std::move(plan_);
   }
 
@@ -41,6 +39,15 @@ class Planner {
         return FailedPrecondition("the recipe needs the file '", role, "', which was not uploaded with the job");
     }
     return absl::OkStatus();
+  }
+
+  // Before anything is built: shards and trials are the only parts that a recipe can blow up.
+  Status CheckSize() const {
+    const uint64_t trials = uint64_t{std::max(1u, recipe_.search().trials())} * std::max(1u, recipe_.search().replicates());
+    const uint64_t tasks = 2 * uint64_t{recipe_.data().synthesize().shards()} + trials + 16;
+    if (tasks <= limits::kMaxTasksPerJob) return absl::OkStatus();
+    return FailedPrecondition("the plan would have ", tasks, " tasks; a job may have ", limits::kMaxTasksPerJob,
+                              "; lower data.synthesize.shards, search.trials or search.replicates");
   }
 
   // Adds a task; `needs` follows from the inputs: the tasks named there and, for the study's best, every trial.
@@ -76,11 +83,13 @@ class Planner {
   }
 
   void AddImports() {
-    Add("import/student", v1::IMPORT_MODEL, {}, Join("read ", recipe_.student().model()))
-        ->mutable_import_model()->set_uri(recipe_.student().model());
+    v1::ImportModelParams* student =
+        Add("import/student", v1::IMPORT_MODEL, {}, Join("read ", recipe_.student().model()))->mutable_import_model();
+    student->set_uri(recipe_.student().model());
+    *student->mutable_gptq() = recipe_.quantize().gptq();
     if (recipe_.teacher().model() == recipe_.student().model()) return;
     teacher_ = "import/teacher";
-    Add(teacher_, v1::IMPORT_MODEL, {}, Join("read ", recipe_.teacher().model()))
+    Add(teacher_, v1::IMPORT_MODEL, {Student()}, Join("read ", recipe_.teacher().model()))
         ->mutable_import_model()->set_uri(recipe_.teacher().model());
   }
 
@@ -102,19 +111,22 @@ class Planner {
     }
     for (uint32_t shard = 0; shard < shards; ++shard) {
       const std::string path = Join("critique/", shard);
-      Add(path, v1::CRITIQUE, {Teacher(), FromTask("raw", Join("synthesize/", shard))}, "the judge scores them")
-          ->mutable_critique()->set_task(data.task());
+      v1::CritiqueParams* judge =
+          Add(path, v1::CRITIQUE, {Teacher(), FromTask("raw", Join("synthesize/", shard)), FromFile("seeds", "seeds")},
+              Join("the judge keeps the best ", absl::StrFormat("%g", 100 * data.critique().keep_fraction()), " %"))
+              ->mutable_critique();
+      judge->set_task(data.task());
+      judge->set_keep_fraction(data.critique().keep_fraction());
+      judge->set_seed_limit(data.seeds().limit());
       scored.push_back(FromTask(Join("scored-", shard), path));
     }
     scored.push_back(FromFile("seeds", "seeds"));
     AppendBenchmarks(&scored);
     v1::CurateParams* params =
         Add("curate", v1::CURATE, std::move(scored),
-            Join("keep the best ", absl::StrFormat("%g", 100 * data.critique().keep_fraction()),
-                 " %, drop duplicates, split"))
+            "drop duplicates and benchmark items, split")
             ->mutable_curate();
     params->set_task(data.task());
-    params->set_keep_fraction(data.critique().keep_fraction());
     *params->mutable_settings() = data.curate();
     params->set_seed_limit(data.seeds().limit());
   }

@@ -1,0 +1,97 @@
+"""Refinery's own run of a model beside transformers', peft's and gptqmodel's run of the same files.
+
+  python compare.py REFINERY_TASK WORK
+
+WORK/state holds a finished job (`refinery run --state WORK/state`). Prints a row per comparison: what, figure, bound; the
+last line is "N passed, N failed", and the exit code is 1 when one failed.
+"""
+
+import glob
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+PROMPTS = [
+    "Question: What do plants need to grow?\nAnswer:",
+    "The capital of France is",
+    "Once upon a time there was a",
+    "Water freezes when",
+    "def fibonacci(n):",
+]
+NEW_TOKENS = 64
+rows = []
+
+
+def check(what, figure, bound, passed):
+    rows.append(passed)
+    print(f"{'pass' if passed else 'FAIL'}  {what:<60} {figure:<24} bound {bound}", flush=True)
+
+
+def inspect(task, work, name, model, dtype, adapter=None):
+    """Greedy tokens and prompt logits as refinery-task gives them."""
+    out = os.path.join(work, "inspect-" + name)
+    prompts = os.path.join(work, "prompts.json")
+    with open(prompts, "w") as f:
+        json.dump(PROMPTS, f)
+    command = [task, "inspect", "--model", model, "--dtype", dtype, "--prompts", prompts, "--output", out,
+               "--max-new-tokens", str(NEW_TOKENS)]
+    if adapter:
+        command += ["--adapter", adapter]
+    subprocess.run(command, check=True)
+    with open(os.path.join(out, "tokens.json")) as f:
+        tokens = json.load(f)
+    return tokens["prompts"], tokens["greedy"], load_file(os.path.join(out, "logits.safetensors"))
+
+
+@torch.inference_mode()
+def compare(name, model, prompts, greedy, logits, bound):
+    """bound: on the greatest absolute difference of logits, relative to the range of the peer's logits when float32."""
+    worst = 0.0
+    same = 0
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        theirs = model(ids).logits[0].float()
+        ours = logits[f"logits.{i}"]
+        worst = max(worst, ((ours - theirs).abs().max() / (theirs.max() - theirs.min())).item())
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+                             eos_token_id=None, pad_token_id=0, repetition_penalty=1.0)
+        same += out[0, len(prompt):].tolist() == greedy[i]
+    check(f"{name}: logits, greatest difference / range", f"{worst:.2e}", f"{bound:.0e}", worst < bound)
+    check(f"{name}: greedy {NEW_TOKENS} tokens equal", f"{same} of {len(prompts)}", f"{len(prompts)}", same == len(prompts))
+
+
+def main():
+    task, work = sys.argv[1:]
+    torch.set_num_threads(2)
+    result = glob.glob(os.path.join(work, "state", "result", "*"))[0]
+    artifact = os.path.join(result, "artifact")
+    gguf = os.path.expanduser("~/.cache/refinery/models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    for dtype, bound in (("float32", 1e-4),):
+        prompts, greedy, logits = inspect(task, work, "base-" + dtype, gguf, dtype)
+        with open(os.path.join(work, "inspect-base-" + dtype, "tokens.json")) as f:
+            base = json.load(f)["model"]
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
+        compare(f"imported GGUF, {dtype}, transformers", model, prompts, greedy, logits, bound)
+
+    from peft import PeftModel
+    adapter = os.path.join(artifact, "adapter")
+    prompts, greedy, logits = inspect(task, work, "adapter", gguf, "float32", adapter)
+    compare("adapter, float32, peft", PeftModel.from_pretrained(model, adapter).eval(), prompts, greedy, logits, 1e-3)
+
+    gptq = os.path.join(artifact, "gptq")
+    for dtype, bound in (("float32", 1e-3), ("bfloat16", 2e-2)):
+        prompts, greedy, logits = inspect(task, work, "gptq-" + dtype, gptq, dtype)
+        model = AutoModelForCausalLM.from_pretrained(gptq, dtype=getattr(torch, dtype), device_map="cpu").eval()
+        compare(f"GPTQ artifact, {dtype}, transformers + gptqmodel", model, prompts, greedy, logits, bound)
+
+    print(f"{sum(rows)} passed, {len(rows) - sum(rows)} failed")
+    sys.exit(0 if all(rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

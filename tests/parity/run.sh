@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Compares what Refinery makes with what the Python peers make of it:  tests/parity/run.sh BUILD_FOLDER
+# The virtual environment is made once per version of the requirements, in ~/.cache/refinery (or REFINERY_PARITY_DIR).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+build=$(cd "$1" && pwd)
+sum=$(cat "$here"/requirements*.txt | sha256sum | cut -c1-12)
+venv=${REFINERY_PARITY_DIR:-$HOME/.cache/refinery}/parity-$sum
+
+if [ ! -f "$venv/complete" ]; then
+  echo "== making the peers' environment in $venv" >&2
+  rm -rf "$venv"
+  python3 -m venv "$venv"
+  for try in 1 2 3; do
+    if "$venv/bin/pip" install -q --disable-pip-version-check -r "$here/requirements.txt" &&
+      "$venv/bin/pip" install -q --disable-pip-version-check --no-build-isolation -r "$here/requirements_gptqmodel.txt"; then
+      touch "$venv/complete"
+      break
+    fi
+    echo "== try $try of 3 failed" >&2
+  done
+  [ -f "$venv/complete" ] || { echo "run.sh: the peers could not be installed" >&2; exit 1; }
+fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# One small job makes the three things that are compared: the imported model, an adapter and a 4-bit artifact.
+"$build/bin/refinery" run --state "$work/state" "$here/../e2e/small.yaml" >"$work/run.log" 2>&1 ||
+  { cat "$work/run.log" >&2; exit 1; }
+export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 GPTQMODEL_CPU_WORKERS=2 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+"$venv/bin/python" "$here/compare.py" "$build/bin/refinery-task" "$work"

@@ -1,0 +1,122 @@
+// worker/task/spec.h
+//
+// What one run of refinery-task is asked to do, as plain structs: the task's own view of proto/refinery/v1/task.proto, so that
+// nothing below the program's adapter (spec_from_json.cc) sees protobuf.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "common/status.h"
+
+namespace refinery::task {
+
+struct GptqSpec {
+  int64_t bits = 0;
+  int64_t group_size = 0;
+  double damp_fraction = 0;
+  int64_t calibration_tokens = 0;
+  int64_t sequence_length = 0;
+};
+
+struct ImportModelSpec {
+  std::string uri;
+  GptqSpec gptq;  // bits 0 = none to check
+};
+
+struct SynthesizeSpec {
+  std::string task;
+  std::string description;
+  int64_t examples = 0;  // over all shards
+  int64_t topics = 0;
+  int64_t few_shot = 0;
+  double temperature = 0;
+  double top_p = 0;
+  int64_t max_new_tokens = 0;
+  int64_t shard = 0;
+  int64_t shards = 1;
+  int64_t seed_limit = 0;
+};
+
+struct CritiqueSpec {
+  std::string task;
+  double keep_fraction = 0;
+  int64_t seed_limit = 0;
+};
+
+struct CurateSpec {
+  std::string task;
+  double validation_fraction = 0;
+  double held_out_fraction = 0;
+  double duplicate_threshold = 0;
+  int64_t seed_examples = 0;
+  int64_t seed_limit = 0;
+};
+
+struct TeacherLogitsSpec {
+  std::string task;
+  std::string system_prompt;
+  int64_t few_shot = 0;
+  int64_t top_k = 0;
+  int64_t seed_limit = 0;
+};
+
+struct TrainSpec {
+  std::string optimizer;
+  double learning_rate = 0;
+  double temperature = 0;
+  double kl_weight = 0;
+  int64_t lora_rank = 0;
+  double lora_alpha = 0;
+  double weight_decay = 0;
+  double momentum = 0;
+  double beta1 = 0;
+  double beta2 = 0;
+  int64_t steps = 0;
+  int64_t tokens_per_step = 0;
+  int64_t checkpoint_every = 0;
+};
+
+struct MergeSpec {
+  bool keep_model = false;
+};
+
+struct QuantizeSpec {
+  GptqSpec gptq;
+};
+
+struct BenchmarkSpec {
+  std::string name;
+  int64_t limit = 0;  // 0 = all
+};
+
+struct EvaluateSpec {
+  std::string variant;
+  std::vector<BenchmarkSpec> benchmarks;
+  int64_t latency_tokens = 0;
+};
+
+struct ExportSpec {
+  std::string name;
+  GptqSpec gptq;
+  bool merged_model = false;
+};
+
+using Params = std::variant<ImportModelSpec, SynthesizeSpec, CritiqueSpec, CurateSpec, TeacherLogitsSpec, TrainSpec, MergeSpec,
+                            QuantizeSpec, EvaluateSpec, ExportSpec>;
+
+struct TaskSpec {
+  std::string job;
+  std::string path;
+  uint64_t seed = 0;
+  int threads = 0;  // 0 = the environment's choice
+  Params params;
+};
+
+// Parses the JSON form of refinery.v1.TaskSpec. INVALID_ARGUMENT naming `name` (the file) and the field.
+StatusOr<TaskSpec> TaskSpecFromJson(const std::string& json, const std::string& name);
+
+}  // namespace refinery::task

@@ -1,0 +1,110 @@
+#include <google/protobuf/util/json_util.h>
+
+#include "refinery/v1/task.pb.h"
+#include "worker/task/spec.h"
+
+namespace refinery::task {
+namespace {
+
+GptqSpec ToSpec(const v1::Gptq& p) {
+  return {.bits = p.bits(),
+          .group_size = p.group_size(),
+          .damp_fraction = p.damp_fraction(),
+          .calibration_tokens = p.calibration_tokens(),
+          .sequence_length = p.sequence_length()};
+}
+
+SynthesizeSpec ToSpec(const v1::SynthesizeParams& p) {
+  const v1::Synthesize& s = p.settings();
+  return {.task = p.task(),
+          .description = p.description(),
+          .examples = s.examples(),
+          .topics = s.topics(),
+          .few_shot = s.few_shot(),
+          .temperature = s.temperature(),
+          .top_p = s.top_p(),
+          .max_new_tokens = s.max_new_tokens(),
+          .shard = p.shard(),
+          .shards = p.shards() == 0 ? 1 : p.shards(),
+          .seed_limit = p.seed_limit()};
+}
+
+CurateSpec ToSpec(const v1::CurateParams& p) {
+  const v1::Curate& s = p.settings();
+  return {.task = p.task(),
+          .validation_fraction = s.validation_fraction(),
+          .held_out_fraction = s.held_out_fraction(),
+          .duplicate_threshold = s.duplicate_threshold(),
+          .seed_examples = s.seed_examples(),
+          .seed_limit = p.seed_limit()};
+}
+
+TrainSpec ToSpec(const v1::TrainParams& p) {
+  const v1::TrialSettings& s = p.settings();
+  return {.optimizer = s.optimizer(),
+          .learning_rate = s.learning_rate(),
+          .temperature = s.temperature(),
+          .kl_weight = s.kl_weight(),
+          .lora_rank = s.lora_rank(),
+          .lora_alpha = s.lora_alpha(),
+          .weight_decay = s.weight_decay(),
+          .momentum = s.momentum(),
+          .beta1 = s.beta1(),
+          .beta2 = s.beta2(),
+          .steps = p.steps(),
+          .tokens_per_step = p.tokens_per_step(),
+          .checkpoint_every = p.checkpoint_every()};
+}
+
+EvaluateSpec ToSpec(const v1::EvaluateParams& p) {
+  EvaluateSpec spec{.variant = p.variant(), .latency_tokens = p.latency_tokens()};
+  for (const v1::Benchmark& b : p.benchmarks()) spec.benchmarks.push_back({.name = b.name(), .limit = b.limit()});
+  return spec;
+}
+
+StatusOr<Params> ToParams(const v1::TaskSpec& p, const std::string& name) {
+  switch (p.params_case()) {
+    case v1::TaskSpec::kImportModel:
+      return ImportModelSpec{.uri = p.import_model().uri(), .gptq = ToSpec(p.import_model().gptq())};
+    case v1::TaskSpec::kSynthesize:
+      return ToSpec(p.synthesize());
+    case v1::TaskSpec::kCritique:
+      return CritiqueSpec{.task = p.critique().task(),
+                          .keep_fraction = p.critique().keep_fraction(),
+                          .seed_limit = p.critique().seed_limit()};
+    case v1::TaskSpec::kCurate:
+      return ToSpec(p.curate());
+    case v1::TaskSpec::kTeacherLogits:
+      return TeacherLogitsSpec{.task = p.teacher_logits().task(),
+                               .system_prompt = p.teacher_logits().context().system_prompt(),
+                               .few_shot = p.teacher_logits().context().few_shot(),
+                               .top_k = p.teacher_logits().top_k(),
+                               .seed_limit = p.teacher_logits().seed_limit()};
+    case v1::TaskSpec::kTrain:
+      return ToSpec(p.train());
+    case v1::TaskSpec::kMerge:
+      return MergeSpec{.keep_model = p.merge().keep_model()};
+    case v1::TaskSpec::kQuantize:
+      return QuantizeSpec{.gptq = ToSpec(p.quantize().gptq())};
+    case v1::TaskSpec::kEvaluate:
+      return ToSpec(p.evaluate());
+    case v1::TaskSpec::kExport:
+      return ExportSpec{.name = p.export_().name(), .gptq = ToSpec(p.export_().gptq()), .merged_model = p.export_().merged_model()};
+    case v1::TaskSpec::PARAMS_NOT_SET:
+      break;
+  }
+  return InvalidArgument(name, " names no task kind: one of import_model, synthesize, critique, curate, teacher_logits, train, "
+                         "merge, quantize, evaluate, export is needed");
+}
+
+}  // namespace
+
+StatusOr<TaskSpec> TaskSpecFromJson(const std::string& json, const std::string& name) {
+  v1::TaskSpec p;
+  auto status = google::protobuf::util::JsonStringToMessage(json, &p);
+  if (!status.ok()) return InvalidArgument(name, " is not a task specification: ", std::string(status.message()));
+  RF_ASSIGN_OR_RETURN(Params params, ToParams(p, name));
+  return TaskSpec{.job = p.job(), .path = p.path(), .seed = p.seed(), .threads = static_cast<int>(p.threads()), .params = std::move(params)};
+}
+
+}  // namespace refinery::task

@@ -55,7 +55,9 @@ struct PackedGptq {
   at::Tensor qweight, qzeros, scales, g_idx;
 };
 PackedGptq PackGptqV1(const QuantizedLinear& linear);
-// The inverse, for checking what was written.
+// What is wrong with packed tensors that claim these settings (types, shapes, zero points, g_idx); empty if nothing is.
+std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_size);
+// The inverse, for checking what was written. c10::Error if PackedProblem is not empty.
 QuantizedLinear UnpackGptqV1(const PackedGptq& packed, int64_t bits, int64_t group_size);
 
 }  // namespace refinery::quantize

@@ -6,7 +6,10 @@
 #include <chrono>
 #include <functional>
 
+#include "worker/task/model/ops.h"
+#include "worker/task/model/projection.h"
 #include "worker/task/quantize/hessian.h"
+#include "worker/task/quantize/quantized_artifact.h"
 
 namespace refinery::quantize {
 namespace {
@@ -80,7 +83,7 @@ class Run {
       GptqReport& report = result_->reports[linear->name];
       QuantizedLinear quantized = Gptq(linear->name, linear->weight, matrix, settings_, &report);
       for (const std::string& note : report.notes) reporter_.Note("gptq_fallback", Join(linear->name, ": ", note));
-      linear->weight = quantized.Dequantize().to(linear->weight.options());
+      linear->weight.copy_(quantized.Dequantize());  // in place: q k v and gate up stay side by side (projection.h)
       result_->linears[linear->name] = std::move(quantized);
     }
     result_->times.solve_seconds += Now() - begin;
@@ -94,7 +97,10 @@ class Run {
     Stage([&](Chunk& c) { c.input = model_.Normalize(c.hidden, layer.input_norm); }, {&layer.q, &layer.k, &layer.v});
     Stage(
         [&](Chunk& c) {
-          c.input = model_.Attend(layer, layer.q(c.input), layer.k(c.input), layer.v(c.input), c.lengths, c.rotary);
+          const std::vector<at::Tensor> qkv =
+              model::Project(c.input, {&layer.q, &layer.k, &layer.v})
+                  .split_with_sizes({layer.q.weight.size(0), layer.k.weight.size(0), layer.v.weight.size(0)}, 1);
+          c.input = model_.Attend(layer, qkv[0], qkv[1], qkv[2], c.lengths, c.rotary);
         },
         {&layer.o});
     Stage(
@@ -103,7 +109,7 @@ class Run {
           c.input = model_.Normalize(c.hidden, layer.post_attention_norm);
         },
         {&layer.gate, &layer.up});
-    Stage([&](Chunk& c) { c.input = at::silu(layer.gate(c.input)).mul_(layer.up(c.input)); }, {&layer.down});
+    Stage([&](Chunk& c) { c.input = model::SiluMul(model::Project(c.input, {&layer.gate, &layer.up})); }, {&layer.down});
     if (index + 1 == model_.layers.size()) return;  // nobody reads what the last layer would give
     const double begin = Now();
     for (Chunk& chunk : chunks_) chunk.hidden = chunk.hidden + layer.down(chunk.input);
@@ -173,7 +179,7 @@ Status CheckGroupSize(const model::ModelConfig& config, int64_t bits, int64_t gr
 QuantizedModel QuantizeModel(model::CausalLm& model, const std::vector<std::vector<int32_t>>& calibration,
                              const GptqSettings& settings, runtime::Reporter& reporter) {
   const at::NoGradGuard no_grad;
-  QuantizedModel result{.settings = settings};
+  QuantizedModel result{.settings = settings, .calibration_digest = CalibrationDigest(calibration)};
   Run(model, settings, reporter, &result).Quantize(calibration);
   return result;
 }
@@ -184,7 +190,7 @@ QuantizedModel RoundModelToNearest(model::CausalLm& model, const GptqSettings& s
   for (model::DecoderLayer& layer : model.layers) {
     for (model::Linear* linear : layer.Linears()) {
       QuantizedLinear quantized = RoundToNearest(linear->weight, settings);
-      linear->weight = quantized.Dequantize().to(linear->weight.options());
+      linear->weight.copy_(quantized.Dequantize());
       result.linears[linear->name] = std::move(quantized);
     }
   }

@@ -32,6 +32,7 @@ struct QuantizeTimes {
 
 struct QuantizedModel {
   GptqSettings settings;
+  std::string calibration_digest;                  // of the token ids; empty for plain rounding
   int64_t calibration_tokens = 0;
   std::map<std::string, QuantizedLinear> linears;  // by module: "model.layers.3.self_attn.q_proj"
   std::map<std::string, GptqReport> reports;       // the same keys

@@ -4,6 +4,7 @@
 
 #include "worker/task/runtime/torch.h"
 
+#include "common/status.h"
 #include "worker/task/quantize/gptq.h"
 
 namespace refinery::quantize {
@@ -78,21 +79,37 @@ PackedGptq PackGptqV1(const QuantizedLinear& linear) {
   return packed;
 }
 
+std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_size) {
+  if (packed.qweight.dim() != 2 || packed.qzeros.dim() != 2 || packed.scales.dim() != 2 || packed.g_idx.dim() != 1) {
+    return "a tensor has the wrong number of dimensions";
+  }
+  if (packed.qweight.scalar_type() != at::kInt || packed.qzeros.scalar_type() != at::kInt ||
+      packed.scales.scalar_type() != at::kHalf || packed.g_idx.scalar_type() != at::kInt) {
+    return "qweight, qzeros and g_idx must be int32 and scales float16";
+  }
+  const int64_t in = packed.g_idx.size(0), out = packed.qweight.size(1);
+  if (in == 0 || out == 0 || in % kRun != 0 || out % kRun != 0 || packed.qweight.size(0) != in / kRun * bits) {
+    return Join("qweight [", packed.qweight.size(0), ", ", out, "] does not fit ", in, " inputs of ", bits, " bits");
+  }
+  const int64_t size = group_size <= 0 ? in : group_size;
+  const int64_t groups = (in + size - 1) / size;
+  if (packed.scales.size(0) != groups || packed.scales.size(1) != out) {
+    return Join("scales [", packed.scales.size(0), ", ", packed.scales.size(1), "] do not fit ", groups, " groups of ", out);
+  }
+  if (packed.qzeros.size(0) != groups || packed.qzeros.size(1) != out / kRun * bits ||
+      !UnpackRuns(packed.qzeros.t(), bits).eq((int64_t{1} << (bits - 1)) - 1).all().item<bool>()) {
+    return "qzeros do not hold the symmetric zero point";
+  }
+  if (!at::equal(packed.g_idx, at::arange(in, at::kInt).floor_divide(size).to(at::kInt))) return "g_idx is not in order";
+  if (!at::isfinite(packed.scales).all().item<bool>()) return "a scale is not finite";
+  return "";
+}
+
 QuantizedLinear UnpackGptqV1(const PackedGptq& packed, int64_t bits, int64_t group_size) {
-  QuantizedLinear linear{.bits = bits};
-  linear.codes = UnpackRuns(packed.qweight, bits).t().contiguous();
-  linear.scales = packed.scales.t().contiguous();
-  const int64_t in = linear.codes.size(1), out = linear.codes.size(0);
-  linear.group_size = group_size <= 0 ? in : group_size;
-  TORCH_CHECK(packed.scales.size(0) == (in + linear.group_size - 1) / linear.group_size && packed.scales.size(1) == out,
-              "scales ", packed.scales.sizes(), " do not fit ", out, " x ", in, " codes in groups of ", linear.group_size);
-  const at::Tensor zeros = UnpackRuns(packed.qzeros.t(), bits);
-  TORCH_CHECK(zeros.size(0) == out && zeros.size(1) == packed.scales.size(0) &&
-                  zeros.eq((int64_t{1} << (bits - 1)) - 1).all().item<bool>(),
-              "qzeros do not hold the symmetric zero point");
-  const at::Tensor expected = at::arange(in, at::kInt).floor_divide(linear.group_size).to(at::kInt);
-  TORCH_CHECK(at::equal(packed.g_idx.to(at::kInt), expected), "g_idx is not in order");
-  return linear;
+  const std::string problem = PackedProblem(packed, bits, group_size);
+  TORCH_CHECK(problem.empty(), problem);
+  return {.codes = UnpackRuns(packed.qweight, bits).t().contiguous(), .scales = packed.scales.t().contiguous(), .bits = bits,
+          .group_size = group_size <= 0 ? packed.g_idx.size(0) : group_size};
 }
 
 }  // namespace refinery::quantize

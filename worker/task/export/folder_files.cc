@@ -1,0 +1,136 @@
+#include "worker/task/runtime/torch.h"
+
+#include "worker/task/export/folder_files.h"
+
+#include <nlohmann/json.hpp>
+
+#include "common/digest.h"
+#include "common/files.h"
+
+namespace refinery::exporting {
+namespace {
+
+constexpr const char* kCompanions[] = {
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE"};
+constexpr char kManifest[] = "manifest.json";
+
+StatusOr<std::vector<FileEntry>> FilesWithoutManifest(const std::filesystem::path& folder) {
+  RF_ASSIGN_OR_RETURN(std::vector<FileEntry> files, ListFolder(folder));
+  std::erase_if(files, [](const FileEntry& file) { return file.path == kManifest; });
+  std::sort(files.begin(), files.end(), [](const FileEntry& a, const FileEntry& b) { return a.path < b.path; });
+  return files;
+}
+
+StatusOr<std::vector<FileEntry>> ReadManifest(const std::filesystem::path& path) try {
+  RF_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  const nlohmann::json manifest = nlohmann::json::parse(text);
+  std::vector<FileEntry> files;
+  for (const auto& file : manifest.at("files")) {
+    files.push_back({file.at("path"), file.at("digest"), file.at("size")});
+  }
+  return files;
+} catch (const nlohmann::json::exception& e) {
+  return DataLoss(path.string(), ": ", e.what());
+}
+
+// One cell of a Markdown table.
+std::string Cell(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    if (c == '|') out += '\\';
+    out += c == '\n' ? ' ' : c;
+  }
+  return out;
+}
+
+std::string Table(const std::string& left, const std::string& right,
+                  const std::vector<std::pair<std::string, std::string>>& rows) {
+  std::string out = Join("| ", left, " | ", right, " |\n|---|---|\n");
+  for (const auto& [name, value] : rows) out += Join("| ", Cell(name), " | ", Cell(value), " |\n");
+  return out;
+}
+
+// Front matter values come from recipes: as JSON strings they are valid YAML whatever they hold.
+std::string Quoted(const std::string& text) { return nlohmann::json(text).dump(); }
+
+std::string FrontMatter(Kind kind, const ModelCard& card) {
+  std::string out = "---\n";
+  if (!card.base_model.empty()) out += Join("base_model: ", Quoted(card.base_model), "\n");
+  if (!card.license.empty()) out += Join("license: ", Quoted(card.license), "\n");
+  out += kind == Kind::kAdapter ? "library_name: peft\n" : "library_name: transformers\n";
+  out += kind == Kind::kGptq      ? "tags: [gptq, refinery]\n"
+         : kind == Kind::kAdapter ? "tags: [lora, refinery]\n"
+                                  : "tags: [refinery]\n";
+  return out + "pipeline_tag: text-generation\n---\n\n";
+}
+
+std::string Introduction(Kind kind) {
+  switch (kind) {
+    case Kind::kGptq:
+      return "Weights quantized with GPTQ (HF GPTQ v1 checkpoint). Load it with transformers and gptqmodel installed:\n\n"
+             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+             "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n";
+    case Kind::kAdapter:
+      return "A LoRA adapter. Load it with peft:\n\n"
+             "```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, folder)\n```\n";
+    case Kind::kMerged:
+      return "The base model with its adapter merged in: computed in float32, rounded once to bfloat16.\n\n"
+             "```python\nfrom transformers import AutoModelForCausalLM\n"
+             "model = AutoModelForCausalLM.from_pretrained(folder)\n```\n";
+  }
+  return "";
+}
+
+}  // namespace
+
+Status CopyCompanions(const std::filesystem::path& base, const std::filesystem::path& folder) {
+  for (const char* name : kCompanions) {
+    std::error_code error;
+    if (!std::filesystem::is_regular_file(base / name, error)) continue;
+    RF_ASSIGN_OR_RETURN(const std::string bytes, ReadFile(base / name));
+    RF_RETURN_IF_ERROR(WriteFileAtomically(folder / name, bytes));
+  }
+  return absl::OkStatus();
+}
+
+Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::pair<std::string, std::string>>& facts,
+                      const std::filesystem::path& folder) {
+  std::string text = FrontMatter(kind, card);
+  text += Join("# ", card.name.empty() ? "Refined model" : Cell(card.name), "\n\n", Introduction(kind), "\n");
+  if (!facts.empty()) text += Join("## Facts\n\n", Table("What", "Value", facts), "\n");
+  if (!card.measurements.empty()) text += Join("## Measurements\n\n", Table("Measurement", "Value", card.measurements), "\n");
+  if (!card.recipe.empty()) {
+    // A fence longer than any run of backticks inside.
+    std::string fence = "```";
+    while (card.recipe.find(fence) != std::string::npos) fence += '`';
+    text += Join("## Recipe\n\n", fence, "yaml\n", card.recipe, card.recipe.back() == '\n' ? "" : "\n", fence, "\n\n");
+  }
+  text += Join("Made by Refinery ", REFINERY_VERSION, "; `manifest.json` holds the SHA-256 of every file.\n");
+  return WriteFileAtomically(folder / "README.md", text);
+}
+
+Status WriteManifest(const std::filesystem::path& folder) {
+  RF_ASSIGN_OR_RETURN(const std::vector<FileEntry> files, FilesWithoutManifest(folder));
+  nlohmann::json entries = nlohmann::json::array();
+  for (const FileEntry& file : files) entries.push_back({{"path", file.path}, {"digest", file.digest}, {"size", file.size}});
+  return WriteFileAtomically(folder / kManifest, nlohmann::json({{"format", 1}, {"files", entries}}).dump(1) + "\n");
+}
+
+Status CheckManifest(const std::filesystem::path& folder) {
+  RF_ASSIGN_OR_RETURN(std::vector<FileEntry> wanted, ReadManifest(folder / kManifest));
+  RF_ASSIGN_OR_RETURN(const std::vector<FileEntry> found, FilesWithoutManifest(folder));
+  size_t next = 0;
+  for (const FileEntry& file : wanted) {
+    if (next < found.size() && found[next].path < file.path) return DataLoss(found[next].path, ": not in the manifest");
+    if (next == found.size() || found[next].path != file.path) return DataLoss(file.path, ": in the manifest, but missing");
+    if (found[next].digest != file.digest || found[next].size != file.size) {
+      return DataLoss(file.path, ": differs from the manifest (", found[next].digest, ", not ", file.digest, ")");
+    }
+    ++next;
+  }
+  if (next < found.size()) return DataLoss(found[next].path, ": not in the manifest");
+  return absl::OkStatus();
+}
+
+}  // namespace refinery::exporting

@@ -1,0 +1,23 @@
+// worker/task/export/folder_files.h
+//
+// The files of an exported folder that do not hold weights: copies from the base folder, model card, manifest.
+
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "common/status.h"
+#include "worker/task/export/export.h"
+
+namespace refinery::exporting {
+
+// Copies tokenizer, chat template, generation settings and licence where `base` has them.
+Status CopyCompanions(const std::filesystem::path& base, const std::filesystem::path& folder);
+
+enum class Kind { kGptq, kAdapter, kMerged };
+// README.md. `facts` are further rows of the table of facts.
+Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::pair<std::string, std::string>>& facts,
+                      const std::filesystem::path& folder);
+
+}  // namespace refinery::exporting

@@ -1,0 +1,45 @@
+// worker/task/quantize/quantized_artifact.h
+//
+// A quantized model as an artifact: only what quantization made, a few megabytes; base model and adapter are named elsewhere.
+//
+//   quantized.safetensors   per module <m> the tensors of HF GPTQ v1: <m>.qweight int32 [in*bits/32, out],
+//                           <m>.qzeros int32 [groups, out*bits/32], <m>.scales float16 [groups, out], <m>.g_idx int32 [in]
+//   quantized.json          {"format": 1, "bits", "group_size", "damp_fraction", "order_groups",
+//                            "calibration": {"digest", "tokens"},
+//                            "modules": {<m>: {"in", "out", "relative_error", "rtn_relative_error", "damp_fraction",
+//                                              "dead_columns", "notes": [..]}}}
+//
+// The same quantization gives the same bytes: no times, no machine.
+// Errors: NOT_FOUND, DATA_LOSS naming file and module.  Threads: functions.
+
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "worker/task/checkpoint/safetensors.h"
+#include "worker/task/model/causal_lm.h"
+#include "worker/task/quantize/model_quantizer.h"
+
+namespace refinery::quantize {
+
+Status SaveQuantized(const QuantizedModel& quantized, const std::filesystem::path& folder);
+StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder);
+
+// Replaces the weight of every linear layer by its dequantized one. INVALID_ARGUMENT when modules or shapes differ.
+Status ApplyQuantized(model::CausalLm& model, const QuantizedModel& quantized);
+
+// The four tensors of one module in any GPTQ v1 file, checked and unpacked.
+StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& file, const std::string& module, int64_t bits,
+                                           int64_t group_size);
+
+// SHA-256 of the sequences: for each its length and its ids, int64 little-endian.
+std::string CalibrationDigest(const std::vector<std::vector<int32_t>>& sequences);
+
+// Bytes of codes, scales and zero points of all modules: what a low-bit runtime reads.
+int64_t QuantizedBytes(const QuantizedModel& quantized);
+
+}  // namespace refinery::quantize

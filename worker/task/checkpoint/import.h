@@ -2,10 +2,13 @@
 //
 // From what a user names (a GGUF file or a Hugging Face folder) to Refinery's internal form, a Hugging Face folder in bf16.
 //
-// A GGUF file is converted once into <cache>/models/<digest>/ (config.json, generation_config.json, model.safetensors,
-// tokenizer.json, tokenizer_config.json with the chat template); weights are dequantized in float32 and rounded to bf16 once.
-// A Hugging Face folder is used where it lies. Both are named by the digest of their canonical facts (config, tokenizer and
-// weight files), so that a worker without the cache makes the same folder again and can prove it.
+// A GGUF file is converted once into <cache>/models/<source digest>-v1/ (config.json, generation_config.json,
+// model.safetensors, tokenizer.json, tokenizer_config.json with the chat template; import.json holds the ModelRef); weights are
+// dequantized in float32 and rounded to bf16 once. A Hugging Face folder is used where it lies. Both are named by the digest of
+// the manifest (common/digest.h) of config.json, generation_config.json, tokenizer.json, tokenizer_config.json,
+// chat_template.jinja and the weight files, so that a worker without the cache makes the same folder again and can prove it.
+// Several processes may import the same file at once: one converts, the others wait for it. The digests of large files are
+// remembered in <cache>/digests/ by size, inode and time of change.
 
 #pragma once
 

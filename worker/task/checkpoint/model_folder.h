@@ -15,10 +15,12 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "common/status.h"
+#include "worker/task/checkpoint/gptq_weights.h"
 #include "worker/task/checkpoint/safetensors.h"
 
 namespace refinery::checkpoint {
@@ -33,12 +35,23 @@ class ModelFolder {
   bool Has(const std::string& name) const;
   std::vector<std::string> Names() const;  // sorted; for a GPTQ folder the dequantized names
   StatusOr<at::Tensor> Get(const std::string& name) const;
+  // Weights counted as numbers, whatever their stored form.
+  uint64_t ParameterCount() const;
+  // The safetensors files, relative to path(), sorted; with the index of a sharded model.
+  const std::vector<std::string>& WeightFiles() const { return weight_files_; }
 
  private:
+  ModelFolder() = default;
+  Status OpenWeights();
+  Status ReadQuantization();
+  StatusOr<at::Tensor> GetStored(const std::string& name) const;
+
   std::filesystem::path path_;
   nlohmann::json config_;
   std::vector<std::shared_ptr<SafetensorsFile>> shards_;
   std::map<std::string, size_t> shard_of_;
+  std::vector<std::string> weight_files_;
+  std::optional<GptqFormat> gptq_;
 };
 
 }  // namespace refinery::checkpoint

@@ -1,0 +1,130 @@
+#include "server/api/artifact_service.h"
+
+#include "common/grpc_status.h"
+#include "common/limits.h"
+
+namespace refinery::api {
+namespace {
+
+constexpr int kMaxDigestsPerCall = 10'000;
+
+}  // namespace
+
+// A running transfer: counts against the limit and is watched while it lives.
+class ArtifactServiceImpl::Transfer {
+ public:
+  Transfer(ArtifactServiceImpl* service, grpc::ServerContext* context) : service_(service), context_(context) {
+    std::lock_guard lock(service_->mutex_);
+    admitted_ = service_->transfers_.size() < kMaxTransfers;
+    if (admitted_) service_->transfers_[context_] = std::chrono::steady_clock::now();
+  }
+  ~Transfer() {
+    std::lock_guard lock(service_->mutex_);
+    if (admitted_) service_->transfers_.erase(context_);
+  }
+  Status admitted() const {
+    if (admitted_) return absl::OkStatus();
+    return ResourceExhausted("the coordinator moves ", kMaxTransfers, " blobs already; try again in a moment");
+  }
+  void Moved() {
+    std::lock_guard lock(service_->mutex_);
+    service_->transfers_[context_] = std::chrono::steady_clock::now();
+  }
+
+ private:
+  ArtifactServiceImpl* const service_;
+  grpc::ServerContext* const context_;
+  bool admitted_ = false;
+};
+
+ArtifactServiceImpl::ArtifactServiceImpl(store::BlobStore* blobs, std::chrono::milliseconds stall_limit)
+    : blobs_(blobs), stall_limit_(stall_limit), watchdog_([this] { Watch(); }) {}
+
+ArtifactServiceImpl::~ArtifactServiceImpl() {
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  watchdog_.join();
+}
+
+void ArtifactServiceImpl::Watch() {
+  std::unique_lock lock(mutex_);
+  while (!wake_.wait_for(lock, stall_limit_ / 4, [this] { return stopping_; })) {
+    const auto now = std::chrono::steady_clock::now();
+    for (const auto& [context, moved] : transfers_) {
+      if (now - moved > stall_limit_) context->TryCancel();
+    }
+  }
+}
+
+grpc::Status ArtifactServiceImpl::FindMissingBlobs(grpc::ServerContext*, const v1::FindMissingBlobsRequest* request,
+                                                   v1::FindMissingBlobsResponse* response) {
+  if (request->digests_size() > kMaxDigestsPerCall) {
+    return ToGrpc(InvalidArgument("digests has ", request->digests_size(), " entries; at most ", kMaxDigestsPerCall,
+                                  " fit into one call"));
+  }
+  for (const std::string& digest : request->digests()) {
+    const Status status = blobs_->SizeOf(digest).status();
+    if (absl::IsInvalidArgument(status)) return ToGrpc(status);
+    if (!status.ok()) response->add_missing(digest);
+  }
+  return grpc::Status::OK;
+}
+
+grpc::Status ArtifactServiceImpl::QueryWriteStatus(grpc::ServerContext*, const v1::QueryWriteStatusRequest* request,
+                                                   v1::QueryWriteStatusResponse* response) {
+  const StatusOr<uint64_t> size = blobs_->SizeOf(request->digest());
+  if (absl::IsInvalidArgument(size.status())) return ToGrpc(size.status());
+  response->set_complete(size.ok());
+  response->set_committed_size(size.ok() ? *size : blobs_->PartialSize(request->digest()));
+  return grpc::Status::OK;
+}
+
+grpc::Status ArtifactServiceImpl::WriteBlob(grpc::ServerContext* context, grpc::ServerReader<v1::WriteBlobRequest>* reader,
+                                            v1::WriteBlobResponse* response) {
+  Transfer transfer(this, context);
+  if (!transfer.admitted().ok()) return ToGrpc(transfer.admitted());
+  v1::WriteBlobRequest request;
+  if (!reader->Read(&request)) return ToGrpc(InvalidArgument("the first message must name digest and size"));
+  const StatusOr<uint64_t> known = blobs_->SizeOf(request.digest());
+  if (absl::IsInvalidArgument(known.status())) return ToGrpc(known.status());
+  if (known.ok()) {  // someone else was faster
+    response->set_committed_size(*known);
+    return grpc::Status::OK;
+  }
+  StatusOr<std::unique_ptr<store::BlobStore::Upload>> upload =
+      blobs_->StartUpload(request.digest(), request.size(), request.offset());
+  if (!upload.ok()) return ToGrpc(upload.status());
+  do {
+    transfer.Moved();
+    const Status status = (*upload)->Write(request.offset(), request.data());
+    if (!status.ok()) return ToGrpc(status);
+    if (!request.finish()) continue;
+    const Status finished = (*upload)->Finish();
+    if (finished.ok()) response->set_committed_size((*upload)->committed());
+    return ToGrpc(finished);
+  } while (reader->Read(&request));
+  // The sender went away; what came stays for the next try.
+  return ToGrpc(Unavailable("the upload of ", request.digest(), " broke off after ", (*upload)->committed(), " bytes"));
+}
+
+grpc::Status ArtifactServiceImpl::ReadBlob(grpc::ServerContext* context, const v1::ReadBlobRequest* request,
+                                           grpc::ServerWriter<v1::ReadBlobResponse>* writer) {
+  Transfer transfer(this, context);
+  if (!transfer.admitted().ok()) return ToGrpc(transfer.admitted());
+  StatusOr<std::unique_ptr<store::BlobStore::Reader>> reader = blobs_->OpenReader(request->digest(), request->offset());
+  if (!reader.ok()) return ToGrpc(reader.status());
+  v1::ReadBlobResponse response;
+  for (;;) {
+    StatusOr<std::string> bytes = (*reader)->Read(limits::kBlobChunkBytes);
+    if (!bytes.ok()) return ToGrpc(bytes.status());
+    if (bytes->empty()) return grpc::Status::OK;
+    response.set_data(*std::move(bytes));
+    if (!writer->Write(response)) return ToGrpc(Cancelled("the reader of ", request->digest(), " went away"));
+    transfer.Moved();
+  }
+}
+
+}  // namespace refinery::api

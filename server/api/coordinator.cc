@@ -1,0 +1,255 @@
+#include "server/api/coordinator.h"
+
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <exception>
+
+#include "server/report/report.h"
+#include "server/scheduler/schedule.h"
+#include "server/store/artifacts.h"
+
+namespace refinery::api {
+namespace {
+
+constexpr size_t kMaxCommandsPerTurn = 256;
+constexpr size_t kMaxTasksPerPass = 1024;
+constexpr Milliseconds kTick{100};
+constexpr Milliseconds kMetricsEvery{1'000};
+constexpr Milliseconds kReportRetry{5'000};
+constexpr int kMaxReportFailures = 5;
+
+// The path of the task an event is about; "" when it is about none.
+std::string PathOf(const v1::Event& event) {
+  switch (event.kind_case()) {
+    case v1::Event::kTaskLeased: return event.task_leased().path();
+    case v1::Event::kTaskFinished: return event.task_finished().path();
+    case v1::Event::kTaskFailed: return event.task_failed().path();
+    case v1::Event::kLeaseExpired: return event.lease_expired().path();
+    case v1::Event::kCheckpointCommitted: return event.checkpoint_committed().path();
+    case v1::Event::kTaskNote: return event.task_note().path();
+    default: return "";
+  }
+}
+
+// What a person wants to know of an event beside its kind and task.
+std::string DetailOf(const v1::Event& event) {
+  switch (event.kind_case()) {
+    case v1::Event::kTaskLeased:
+      return Join("worker=", event.task_leased().worker(), " epoch=", event.task_leased().epoch());
+    case v1::Event::kTaskFinished:
+      return Join("seconds=", event.task_finished().seconds(), " cached=", event.task_finished().cached() ? 1 : 0);
+    case v1::Event::kTaskFailed:
+      return Join("class=", v1::FailureClass_Name(event.task_failed().error().failure_class()), " retry=",
+                  event.task_failed().retry() ? 1 : 0, " error=\"", event.task_failed().error().message(), "\"");
+    case v1::Event::kLeaseExpired: return Join("reason=\"", event.lease_expired().reason(), "\"");
+    case v1::Event::kCheckpointCommitted: return Join("step=", event.checkpoint_committed().step());
+    case v1::Event::kTaskNote: return Join("code=", event.task_note().note().code());
+    case v1::Event::kTrialSuggested: return Join("trial=", event.trial_suggested().trial().index());
+    case v1::Event::kTrialFinished:
+      return Join("trial=", event.trial_finished().trial().index(), " mean=", event.trial_finished().trial().mean());
+    case v1::Event::kJobFinished:
+      return Join("outcome=", v1::JobFinished::Outcome_Name(event.job_finished().outcome()), " reason=\"",
+                  event.job_finished().reason(), "\"");
+    default: return "";
+  }
+}
+
+std::string KindOf(const v1::Event& event) {
+  const auto* field = v1::Event::descriptor()->FindFieldByNumber(event.kind_case());
+  return field == nullptr ? "unknown" : field->name();
+}
+
+}  // namespace
+
+jobs::Now ReadClocks() {
+  using std::chrono::duration_cast;
+  return {.steady = duration_cast<Milliseconds>(std::chrono::steady_clock::now().time_since_epoch()),
+          .unix_ms = duration_cast<Milliseconds>(std::chrono::system_clock::now().time_since_epoch()).count()};
+}
+
+Coordinator::Coordinator(CoordinatorOptions options)
+    : options_(std::move(options)), logs_(options_.state), fleet_(options_.lease_ttl) {}
+
+StatusOr<std::unique_ptr<Coordinator>> Coordinator::Open(CoordinatorOptions options) {
+  std::unique_ptr<Coordinator> coordinator(new Coordinator(std::move(options)));
+  RF_RETURN_IF_ERROR(coordinator->Start());
+  return coordinator;
+}
+
+Status Coordinator::Start() {
+  RF_ASSIGN_OR_RETURN(log_, store::EventLog::Open(options_.state));
+  RF_ASSIGN_OR_RETURN(blobs_, store::BlobStore::Open(options_.state));
+  core_ = std::make_unique<jobs::Core>(
+      jobs::CoreOptions{.lease_ttl = options_.lease_ttl,
+                        .retry_backoff = options_.retry_backoff,
+                        .code_version = options_.code_version,
+                        .is_complete = [this](const std::string& digest) {
+                          return store::CheckComplete(*blobs_, digest).ok();
+                        }});
+  RF_RETURN_IF_ERROR(log_->Replay([this](const v1::Event& event) { return core_->Replay(event); }));
+  spdlog::info("replayed events={} jobs={} unclean={}", log_->last_seq(), core_->state().jobs.size(),
+               log_->was_unclean() ? 1 : 0);
+  Post([this](Turn& turn) { core_->StartGrace(turn.now, &turn.events); });
+  thread_ = std::thread([this] { Run(); });
+  return absl::OkStatus();
+}
+
+Coordinator::~Coordinator() {
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Coordinator::Post(Command command) {
+  {
+    std::lock_guard lock(mutex_);
+    commands_.push_back(std::move(command));
+  }
+  wake_.notify_one();
+}
+
+void Coordinator::BeginShutdown() {
+  Post([this](Turn&) {
+    draining_ = true;
+    for (const std::shared_ptr<Stream>& stream : streams_) stream->Stop();
+  });
+}
+
+void Coordinator::AddStream(std::shared_ptr<Stream> stream) {
+  if (draining_) stream->Stop();
+  streams_.push_back(std::move(stream));
+}
+
+void Coordinator::Run() {
+  for (;;) {
+    std::vector<Command> commands;
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait_for(lock, kTick, [this] { return stopping_ || !commands_.empty(); });
+      if (stopping_) return;
+      while (!commands_.empty() && commands.size() < kMaxCommandsPerTurn) {
+        commands.push_back(std::move(commands_.front()));
+        commands_.pop_front();
+      }
+    }
+    RunTurn(std::move(commands));
+  }
+}
+
+void Coordinator::RunTurn(std::vector<Command> commands) {
+  Turn turn{.core = *core_, .now = ReadClocks()};
+  for (const Command& command : commands) command(turn);
+  core_->Tick(turn.now, &turn.events);
+  WriteReports(turn);
+  if (!draining_) GrantLeases(turn);
+  for (Poll& poll : fleet_.Take(turn.now.steady, draining_)) turn.replies.push_back(std::move(poll.answer));
+  Commit(turn);
+  for (const std::function<void()>& reply : turn.replies) reply();
+  std::erase_if(streams_, [&](const std::shared_ptr<Stream>& stream) { return !stream->Pump(*this, turn.now); });
+  if (turn.now.steady - metrics_updated_ >= kMetricsEvery) UpdateMetrics(turn.now);
+}
+
+void Coordinator::GrantLeases(Turn& turn) {
+  const std::vector<scheduler::FreeWorker> workers = fleet_.FreeWorkers();
+  if (workers.empty()) return;
+  const auto decisions = scheduler::Schedule(core_->ReadyTasks(turn.now, kMaxTasksPerPass), workers,
+                                             fleet_.LiveWorkers(turn.now.steady));
+  for (const scheduler::Decision& decision : decisions) {
+    Poll* poll = fleet_.PollOf(decision.worker);
+    StatusOr<v1::Lease> lease = core_->Grant(decision.job, decision.path, decision.worker, poll->incarnation, turn.now,
+                                             &turn.events);
+    if (!lease.ok()) continue;  // its result came out of the cache meanwhile
+    *poll->response->add_grants() = *std::move(lease);
+    --poll->free_slots;
+  }
+}
+
+void Coordinator::WriteReports(Turn& turn) {
+  for (const std::string& job : core_->JobsWithoutReport()) {
+    ReportRetry& retry = report_retries_[job];
+    if (retry.not_before > turn.now.steady) continue;
+    const Status status = WriteReport(turn, job);
+    if (status.ok()) {
+      report_retries_.erase(job);
+      continue;
+    }
+    spdlog::error("report job={} failed: {}", job, Message(status));
+    retry.not_before = turn.now.steady + kReportRetry;
+    if (++retry.failures < kMaxReportFailures) continue;
+    core_->Fail(job, Join("the report could not be written: ", Message(status)), turn.now, &turn.events);
+    report_retries_.erase(job);
+  }
+}
+
+Status Coordinator::WriteReport(Turn& turn, const std::string& id) try {
+  const jobs::JobState& job = core_->state().jobs.at(id);
+  report::ReportInput input{.job = jobs::ToProto(job, true, turn.now), .notes = job.notes};
+  for (size_t i = 0; i < job.tasks.size(); ++i) {
+    const plan::PlannedTask& planned = job.plan.tasks[i];
+    const std::string& output = job.tasks[i].output.digest();
+    if (output.empty() || (planned.kind != v1::TRAIN && planned.kind != v1::CURATE)) continue;
+    const bool is_training = planned.kind == v1::TRAIN;
+    StatusOr<std::string> text = store::ReadArtifactFile(*blobs_, output, is_training ? "curve.jsonl" : "summary.json");
+    if (!text.ok()) {  // the report can say less; the job has its artifact all the same
+      spdlog::warn("report job={} path={} without: {}", id, planned.path, Message(text.status()));
+      continue;
+    }
+    (is_training ? input.curves[planned.path] : input.curate_summary) = *std::move(text);
+  }
+  const report::Report report = report::MakeReport(input);
+  RF_ASSIGN_OR_RETURN(const v1::ArtifactRef ref, store::PutArtifact(*blobs_, "report",
+                                                                    {{"report.md", report.markdown},
+                                                                     {"report.html", report.html},
+                                                                     {"table.txt", report.table}}));
+  return core_->WriteReport(id, ref, turn.now, &turn.events);
+} catch (const std::exception& e) {  // JSON that is not what it should be
+  return Internal("making it failed: ", e.what());
+}
+
+void Coordinator::Commit(const Turn& turn) {
+  if (turn.events.empty()) return;
+  const auto start = std::chrono::steady_clock::now();
+  const Status status = log_->Append(turn.events);
+  if (!status.ok()) {
+    spdlog::critical("stopping, because events could not be made durable: {}", Message(status));
+    std::_Exit(1);
+  }
+  metrics_.OnCommit(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  for (const v1::Event& event : turn.events) {
+    const std::string path = PathOf(event);
+    v1::TaskKind kind = v1::TASK_KIND_UNSPECIFIED;
+    if (!path.empty()) {
+      const jobs::JobState& job = core_->state().jobs.at(event.job());
+      kind = job.plan.tasks[job.index.at(path)].kind;
+    }
+    metrics_.OnEvent(event, kind);
+    spdlog::info("event={} seq={} job={} path={} {}", KindOf(event), event.seq(), event.job(), path, DetailOf(event));
+  }
+  committed_events_ += turn.events.size();
+  if (options_.exit_after_event != 0 && committed_events_ >= options_.exit_after_event) _exit(137);
+}
+
+void Coordinator::UpdateMetrics(const jobs::Now& now) {
+  metrics_updated_ = now.steady;
+  metrics::Snapshot snapshot;
+  for (const auto& [id, job] : core_->state().jobs) {
+    ++snapshot.jobs[job.state];
+    if (jobs::IsTerminal(job.state)) continue;
+    for (size_t i = 0; i < job.tasks.size(); ++i) ++snapshot.tasks[{job.plan.tasks[i].kind, job.tasks[i].state}];
+  }
+  for (const v1::WorkerInfo& worker : fleet_.List(now.steady)) ++snapshot.workers[worker.state()];
+  snapshot.heartbeat_age_seconds = std::chrono::duration<double>(fleet_.HeartbeatAge(now.steady)).count();
+  snapshot.cas_bytes = blobs_->total_bytes();
+  snapshot.cas_blobs = blobs_->total_blobs();
+  snapshot.stale_commits = core_->stale_commits();
+  metrics_.Update(snapshot);
+  fleet_.Forget(now.steady);
+}
+
+}  // namespace refinery::api

@@ -1,0 +1,115 @@
+#include "server/api/fleet.h"
+
+#include <algorithm>
+
+#include "common/status.h"
+
+namespace refinery::api {
+namespace {
+
+constexpr Milliseconds kForgetAfter = std::chrono::hours(1);
+
+}  // namespace
+
+void Fleet::Seen(const v1::SynchronizeRequest& request, Milliseconds now) {
+  Worker& worker = workers_[request.worker().id()];
+  worker.info = request.worker();
+  worker.last_seen = now;
+  worker.running.clear();
+  for (const v1::RunningAttempt& running : request.running()) {
+    worker.running.push_back(Join(running.lease().job(), "/", running.lease().path()));
+  }
+}
+
+std::function<void()> Fleet::Open(Poll poll) {
+  std::function<void()> superseded;
+  const auto found = polls_.find(poll.worker);
+  if (found != polls_.end()) superseded = std::move(found->second.answer);
+  const std::string worker = poll.worker;
+  polls_.insert_or_assign(worker, std::move(poll));
+  return superseded;
+}
+
+std::function<void()> Fleet::Close(const v1::SynchronizeResponse* response, Milliseconds now) {
+  for (auto it = polls_.begin(); it != polls_.end(); ++it) {
+    if (it->second.response != response) continue;
+    workers_[it->first].last_seen = now;
+    std::function<void()> answer = std::move(it->second.answer);
+    polls_.erase(it);
+    return answer;
+  }
+  return {};
+}
+
+std::vector<scheduler::FreeWorker> Fleet::FreeWorkers() const {
+  std::vector<scheduler::FreeWorker> workers;
+  for (const auto& [id, poll] : polls_) {
+    if (poll.free_slots > 0) workers.push_back({.id = id, .free_slots = poll.free_slots});
+  }
+  return workers;
+}
+
+std::vector<std::string> Fleet::LiveWorkers(Milliseconds now) const {
+  std::vector<std::string> ids;
+  for (const auto& [id, worker] : workers_) {
+    if (!IsLost(id, worker, now) && worker.info.state() != "draining") ids.push_back(id);
+  }
+  return ids;
+}
+
+Poll* Fleet::PollOf(const std::string& worker) {
+  const auto found = polls_.find(worker);
+  return found == polls_.end() ? nullptr : &found->second;
+}
+
+std::vector<Poll> Fleet::Take(Milliseconds now, bool all) {
+  std::vector<Poll> taken;
+  for (auto it = polls_.begin(); it != polls_.end();) {
+    const Poll& poll = it->second;
+    if (!all && poll.deadline > now && poll.response->grants().empty() && poll.response->cancel().empty()) {
+      ++it;
+      continue;
+    }
+    workers_[it->first].last_seen = now;
+    taken.push_back(std::move(it->second));
+    it = polls_.erase(it);
+  }
+  return taken;
+}
+
+bool Fleet::IsLost(const std::string& id, const Worker& worker, Milliseconds now) const {
+  return !polls_.contains(id) && now - worker.last_seen > lease_ttl_;
+}
+
+std::vector<v1::WorkerInfo> Fleet::List(Milliseconds now) const {
+  std::vector<v1::WorkerInfo> list;
+  for (const auto& [id, worker] : workers_) {
+    v1::WorkerInfo info = worker.info;
+    if (IsLost(id, worker, now)) {
+      info.set_state("lost");
+    } else if (info.state() != "draining") {
+      info.set_state(worker.running.empty() ? "idle" : "busy");
+    }
+    info.clear_running();
+    for (const std::string& running : worker.running) info.add_running(running);
+    info.set_last_seen_ms_ago(polls_.contains(id) ? 0 : (now - worker.last_seen).count());
+    list.push_back(std::move(info));
+  }
+  return list;
+}
+
+Milliseconds Fleet::HeartbeatAge(Milliseconds now) const {
+  Milliseconds age{0};
+  for (const auto& [id, worker] : workers_) {
+    if (!polls_.contains(id) && !IsLost(id, worker, now)) age = std::max(age, now - worker.last_seen);
+  }
+  return age;
+}
+
+void Fleet::Forget(Milliseconds now) {
+  std::erase_if(workers_, [&](const auto& entry) {
+    return !polls_.contains(entry.first) && now - entry.second.last_seen > kForgetAfter;
+  });
+}
+
+}  // namespace refinery::api

@@ -1,0 +1,70 @@
+// server/api/fleet.h
+//
+// The workers as the coordinator sees them right now: who they are, when they last spoke, and the long poll each has open.
+// Nothing here is durable; after a restart the workers report themselves again.
+//
+// Threads: the coordinator's loop only.
+
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "refinery/v1/worker_service.pb.h"
+#include "server/scheduler/schedule.h"
+
+namespace refinery::api {
+
+using Milliseconds = std::chrono::milliseconds;
+
+// A Synchronize call that waits for its answer.
+struct Poll {
+  std::string worker;
+  std::string incarnation;
+  uint32_t free_slots = 0;
+  Milliseconds deadline{0};             // answered then at the latest
+  v1::SynchronizeResponse* response = nullptr;
+  std::function<void()> answer;         // sends *response; called once, after the commit
+};
+
+class Fleet {
+ public:
+  explicit Fleet(Milliseconds lease_ttl) : lease_ttl_(lease_ttl) {}
+
+  // Takes in what a worker says of itself.
+  void Seen(const v1::SynchronizeRequest& request, Milliseconds now);
+
+  // Keeps the poll until Take. An older poll of the same worker is answered at once, by the returned function.
+  std::function<void()> Open(Poll poll);
+  // Forgets the poll that writes into `response`, whose caller went away; returns its answer (empty when it was taken).
+  std::function<void()> Close(const v1::SynchronizeResponse* response, Milliseconds now);
+
+  std::vector<scheduler::FreeWorker> FreeWorkers() const;
+  std::vector<std::string> LiveWorkers(Milliseconds now) const;
+  Poll* PollOf(const std::string& worker);
+  // Removes and returns the polls that have something to say or whose time is over; with `all` every one.
+  std::vector<Poll> Take(Milliseconds now, bool all);
+
+  std::vector<v1::WorkerInfo> List(Milliseconds now) const;
+  // Longest silence of a worker that is not lost; one whose poll is open is not silent.
+  Milliseconds HeartbeatAge(Milliseconds now) const;
+  // Forgets workers that were lost long ago.
+  void Forget(Milliseconds now);
+
+ private:
+  struct Worker {
+    v1::WorkerInfo info;
+    std::vector<std::string> running;
+    Milliseconds last_seen{0};
+  };
+  bool IsLost(const std::string& id, const Worker& worker, Milliseconds now) const;
+
+  const Milliseconds lease_ttl_;
+  std::map<std::string, Worker> workers_;
+  std::map<std::string, Poll> polls_;  // by worker
+};
+
+}  // namespace refinery::api

@@ -1,0 +1,140 @@
+#include "server/api/worker_service.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+
+#include "common/digest.h"
+#include "common/grpc_status.h"
+#include "server/store/artifacts.h"
+
+namespace refinery::api {
+namespace {
+
+constexpr Milliseconds kDeadlineMargin{500};  // a long poll is answered this long before its caller gives up
+constexpr size_t kMaxIdBytes = 200;
+
+// A Synchronize call. Deletes itself when gRPC has let go of it.
+class PollReactor final : public grpc::ServerUnaryReactor {
+ public:
+  PollReactor(Coordinator* coordinator, const v1::SynchronizeResponse* response)
+      : coordinator_(coordinator), response_(response) {}
+
+  // The caller went away: what the poll was granted meanwhile is not lost, its lease just runs out.
+  void OnCancel() override {
+    coordinator_->Post([coordinator = coordinator_, response = response_](Coordinator::Turn& turn) {
+      const std::function<void()> answer = coordinator->fleet().Close(response, turn.now.steady);
+      if (answer) turn.replies.push_back(answer);
+    });
+  }
+  void OnDone() override { delete this; }
+
+ private:
+  Coordinator* const coordinator_;
+  const v1::SynchronizeResponse* const response_;
+};
+
+Milliseconds TimeLeft(const grpc::CallbackServerContext& context) {
+  const auto deadline = context.deadline();
+  const auto now = std::chrono::system_clock::now();
+  if (deadline > now + std::chrono::hours(1)) return std::chrono::hours(1);
+  return std::chrono::duration_cast<Milliseconds>(deadline - now);
+}
+
+Status CheckSynchronize(const v1::SynchronizeRequest& request) {
+  const std::string& id = request.worker().id();
+  if (id.empty() || id.size() > kMaxIdBytes) return InvalidArgument("worker.id must have 1 to ", kMaxIdBytes, " characters");
+  if (request.incarnation().empty()) return InvalidArgument("incarnation is missing; the agent makes one at its start");
+  return absl::OkStatus();
+}
+
+// Tokens and loss for the metrics, logs to their files; before the core takes the request in, which replaces the progress.
+void TakeProgress(Coordinator& coordinator, const v1::SynchronizeRequest& request) {
+  for (const v1::RunningAttempt& running : request.running()) {
+    const jobs::TaskState* task = coordinator.core().AttemptOf(running.lease());
+    if (task == nullptr || task->state != v1::Task::LEASED) continue;
+    const jobs::JobState& job = coordinator.core().state().jobs.at(running.lease().job());
+    const v1::TaskKind kind = job.plan.tasks[job.index.at(running.lease().path())].kind;
+    if (running.has_progress()) coordinator.metrics().OnProgress(kind, task->progress, running.progress());
+    if (running.log().empty()) continue;
+    const Status status = coordinator.logs().Append(job.id, running.lease().path(), task->attempt, running.log_offset(),
+                                                    running.log());
+    if (!status.ok()) spdlog::warn("log of {}/{}: {}", job.id, running.lease().path(), Message(status));
+  }
+}
+
+}  // namespace
+
+grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerContext* context,
+                                                         const v1::SynchronizeRequest* request,
+                                                         v1::SynchronizeResponse* response) {
+  auto* reactor = new PollReactor(coordinator_, response);
+  const Milliseconds left = TimeLeft(*context) - kDeadlineMargin;
+  coordinator_->Post([this, reactor, request, response, left](Coordinator::Turn& turn) {
+    const Status status = CheckSynchronize(*request);
+    if (!status.ok()) return turn.replies.push_back([reactor, status] { reactor->Finish(ToGrpc(status)); });
+    TakeProgress(*coordinator_, *request);
+    coordinator_->fleet().Seen(*request, turn.now.steady);
+    jobs::Core::Report report = turn.core.Synchronize(*request, turn.now, &turn.events);
+    response->mutable_cancel()->Swap(&report.cancel);
+    const CoordinatorOptions& options = coordinator_->options();
+    response->set_lease_ttl_ms(static_cast<uint32_t>(options.lease_ttl.count()));
+    // Often enough that two lost calls in a row do not cost the lease.
+    response->set_next_synchronize_ms(
+        static_cast<uint32_t>(std::min(limits::kSynchronizeInterval, options.lease_ttl / 4).count()));
+    const bool is_idle = request->running().empty();
+    const Milliseconds wait = is_idle ? std::max(Milliseconds{0}, std::min(options.long_poll, left)) : Milliseconds{0};
+    const auto superseded = coordinator_->fleet().Open({.worker = request->worker().id(),
+                                                        .incarnation = request->incarnation(),
+                                                        .free_slots = request->free_slots(),
+                                                        .deadline = turn.now.steady + wait,
+                                                        .response = response,
+                                                        .answer = [reactor] { reactor->Finish(grpc::Status::OK); }});
+    if (superseded) turn.replies.push_back(superseded);
+  });
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* WorkerServiceImpl::CompleteTask(grpc::CallbackServerContext* context,
+                                                          const v1::CompleteTaskRequest* request,
+                                                          v1::CompleteTaskResponse*) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  coordinator_->Post([this, reactor, request](Coordinator::Turn& turn) {
+    const Status status = [&]() -> Status {
+      const jobs::TaskState* task = turn.core.AttemptOf(request->lease());
+      if (task == nullptr || task->state != v1::Task::LEASED) return turn.core.Complete(*request, turn.now, &turn.events);
+      if (!request->log().empty()) {
+        const Status logged = coordinator_->logs().Append(request->lease().job(), request->lease().path(), task->attempt,
+                                                          request->log_offset(), request->log());
+        if (!logged.ok()) spdlog::warn("log of {}/{}: {}", request->lease().job(), request->lease().path(), Message(logged));
+      }
+      if (!request->has_success()) return turn.core.Complete(*request, turn.now, &turn.events);
+      RF_ASSIGN_OR_RETURN(const uint64_t size,
+                          store::CheckComplete(coordinator_->blobs(), request->success().output().digest()));
+      v1::CompleteTaskRequest checked = *request;
+      checked.mutable_success()->mutable_output()->set_size(size);
+      return turn.core.Complete(checked, turn.now, &turn.events);
+    }();
+    turn.replies.push_back([reactor, status] { reactor->Finish(ToGrpc(status)); });
+  });
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* WorkerServiceImpl::CommitCheckpoint(grpc::CallbackServerContext* context,
+                                                              const v1::CommitCheckpointRequest* request,
+                                                              v1::CommitCheckpointResponse*) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  coordinator_->Post([this, reactor, request](Coordinator::Turn& turn) {
+    const Status status = [&]() -> Status {
+      const jobs::TaskState* task = turn.core.AttemptOf(request->lease());
+      if (task != nullptr && task->state == v1::Task::LEASED) {
+        RF_RETURN_IF_ERROR(store::CheckComplete(coordinator_->blobs(), request->checkpoint().digest()).status());
+      }
+      return turn.core.CommitCheckpoint(*request, turn.now, &turn.events);
+    }();
+    turn.replies.push_back([reactor, status] { reactor->Finish(ToGrpc(status)); });
+  });
+  return reactor;
+}
+
+}  // namespace refinery::api

@@ -1,0 +1,125 @@
+// server/store/blob_store.h
+//
+// Content-addressed blobs in folders:
+//
+//   <state>/cas/<first two hex digits>/<64 hex digits>   complete blobs, read-only, named by their SHA-256
+//   <state>/tmp/<64 hex digits>.partial                  uploads; whoever comes next goes on where they end
+//
+// A blob appears by rename after its bytes were hashed and synced, so a file under cas/ is complete; reading hashes it again
+// and DATA_LOSS moves a damaged one to <state>/damaged, after which it counts as missing and can be uploaded anew.
+//
+// Threads: every method may be called from any thread; an Upload and a Reader belong to one thread each.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+
+#include "common/digest.h"
+#include "common/status.h"
+
+namespace refinery::store {
+
+class BlobStore {
+ public:
+  // Opens <state>, creates the folders and counts what is there.
+  static StatusOr<std::unique_ptr<BlobStore>> Open(const std::filesystem::path& state);
+
+  class Upload;
+  class Reader;
+
+  bool Contains(const std::string& digest) const;
+  // Bytes of a complete blob; NOT_FOUND.
+  StatusOr<uint64_t> SizeOf(const std::string& digest) const;
+  // Bytes of an unfinished upload that are already here (0 when none was begun).
+  uint64_t PartialSize(const std::string& digest) const;
+
+  // Begins or resumes an upload of `size` bytes at `offset`, which must be PartialSize (OUT_OF_RANGE names the right one).
+  // Two uploads of one blob: the later takes over, the earlier gets ABORTED at its next write, so that a dead connection
+  // cannot hold an upload up. RESOURCE_EXHAUSTED when the disk has no room for it.
+  StatusOr<std::unique_ptr<Upload>> StartUpload(const std::string& digest, uint64_t size, uint64_t offset);
+
+  // Stores bytes that this process holds; returns their digest.
+  StatusOr<std::string> Put(std::string_view bytes);
+  // The whole blob, checked. NOT_FOUND, DATA_LOSS, RESOURCE_EXHAUSTED when larger than `max_bytes`.
+  StatusOr<std::string> Get(const std::string& digest, uint64_t max_bytes = uint64_t{256} << 20);
+  // Reads from `offset` on; what comes before is hashed too. OUT_OF_RANGE when offset > size.
+  StatusOr<std::unique_ptr<Reader>> OpenReader(const std::string& digest, uint64_t offset);
+
+  uint64_t total_bytes() const { return total_bytes_; }
+  uint64_t total_blobs() const { return total_blobs_; }
+
+ private:
+  explicit BlobStore(std::filesystem::path state) : state_(std::move(state)) {}
+  std::filesystem::path BlobPath(const std::string& digest) const;
+  std::filesystem::path PartialPath(const std::string& digest) const;
+  Status CheckSpace(uint64_t bytes) const;
+  // Moves a complete, synced partial file to its name.
+  Status Publish(const std::string& digest, uint64_t size);
+  void Quarantine(const std::string& digest, uint64_t size);
+
+  const std::filesystem::path state_;
+  std::atomic<uint64_t> total_bytes_{0};
+  std::atomic<uint64_t> total_blobs_{0};
+  // Which upload of a digest may write: the one with the newest ticket. Held during each write, so that a taken-over upload
+  // has ended its last write before the new one begins.
+  struct Ticket {
+    std::mutex mutex;
+    uint64_t newest = 0;
+  };
+  std::shared_ptr<Ticket> TicketOf(const std::string& digest);
+  std::mutex tickets_mutex_;
+  std::map<std::string, std::weak_ptr<Ticket>> tickets_;
+};
+
+class BlobStore::Upload {
+ public:
+  ~Upload();
+  // Appends. OUT_OF_RANGE when more than the announced size comes; ABORTED when another upload took over.
+  Status Write(uint64_t offset, std::string_view bytes);
+  // Hashes, syncs and publishes. When the bytes do not have the digest they are dropped: INVALID_ARGUMENT, or ABORTED (start
+  // again) when the first part was here from an earlier upload.
+  Status Finish();
+  uint64_t committed() const { return committed_; }
+
+ private:
+  friend class BlobStore;
+  Upload(BlobStore* store, std::string digest, uint64_t size) : store_(store), digest_(std::move(digest)), size_(size) {}
+  BlobStore* const store_;
+  const std::string digest_;
+  const uint64_t size_;
+  std::shared_ptr<Ticket> ticket_;
+  uint64_t number_ = 0;
+  bool resumed_ = false;
+  int fd_ = -1;
+  uint64_t committed_ = 0;
+  Sha256 hash_;
+};
+
+class BlobStore::Reader {
+ public:
+  ~Reader();
+  // The next at most `max_bytes` bytes; empty at the end. DATA_LOSS instead of the end when the blob was damaged.
+  StatusOr<std::string> Read(size_t max_bytes);
+  uint64_t size() const { return size_; }
+
+ private:
+  friend class BlobStore;
+  Reader(BlobStore* store, std::string digest, int fd, uint64_t size)
+      : store_(store), digest_(std::move(digest)), fd_(fd), size_(size) {}
+  BlobStore* const store_;
+  const std::string digest_;
+  const int fd_;
+  const uint64_t size_;
+  uint64_t position_ = 0;
+  bool finished_ = false;
+  Sha256 hash_;
+};
+
+}  // namespace refinery::store

@@ -63,12 +63,15 @@ RF_INLINE void Assign(Bf16* p, float x) {
 }
 
 RF_INLINE float Sum(Floats v) {
-  float parts[kLanes];
-  std::memcpy(parts, &v, sizeof(v));
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
-  }
-  return parts[0];
+  using Eight = float __attribute__((vector_size(32)));
+  using Four = float __attribute__((vector_size(16)));
+  Eight halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  const Eight eight = halves[0] + halves[1];
+  Four quarters[2];
+  std::memcpy(quarters, &eight, sizeof(eight));
+  const Four four = quarters[0] + quarters[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // e^x with a relative error below 3e-7; the argument is clamped to [-87, 88], a NaN stays a NaN.

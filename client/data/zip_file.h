@@ -1,0 +1,23 @@
+// client/data/zip_file.h
+//
+// One gzip-compressed text member of a zip archive, line by line.
+//
+// Errors: NOT_FOUND without the archive or the member, DATA_LOSS when either is damaged, RESOURCE_EXHAUSTED for a line above
+// the limit.  Threads: one.
+
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <string_view>
+
+#include "common/status.h"
+
+namespace refinery::client {
+
+// Calls `on_line` for each line, without its end; stops at its first error.
+Status ReadGzipMember(const std::filesystem::path& archive, const std::string& member,
+                      const std::function<Status(std::string_view line)>& on_line);
+
+}  // namespace refinery::client

@@ -1,0 +1,81 @@
+// refinery: the command-line client.
+
+#include <signal.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <cstdlib>
+
+#include "client/commands/commands.h"
+#include "client/exit_code.h"
+#include "common/logging.h"
+
+namespace {
+
+using refinery::client::Globals;
+
+std::filesystem::path DefaultDataFolder() {
+  const char* home = std::getenv("HOME");
+  return std::filesystem::path(home == nullptr ? "." : home) / ".cache/refinery/data";
+}
+
+constexpr char kFooter[] =
+    "Exit codes: 0 success; 1 the job failed, or an internal error; 2 wrong input (recipe, file, model, flag) or a\n"
+    "coordinator that does not answer; 3 the job was cancelled; 130 detached by Ctrl-C, the job goes on.\n"
+    "Standard output carries data only; progress and remarks go to standard error. NO_COLOR is honoured.";
+
+void AddCommands(CLI::App& app, Globals& globals, refinery::client::Result& result) {
+  using namespace refinery::client;   // NOLINT(google-build-using-namespace): the list of commands and nothing else
+  AddRun(app, globals, result);
+  AddSubmit(app, globals, result);
+  AddPlan(app, globals, result);
+  AddWatch(app, globals, result);
+  AddList(app, globals, result);
+  AddDescribe(app, globals, result);
+  AddLogs(app, globals, result);
+  AddCancel(app, globals, result);
+  AddFetch(app, globals, result);
+  AddReport(app, globals, result);
+  AddWorker(app, globals, result);
+  AddData(app, globals, result);
+  AddVersion(app, globals, result);
+  AddCompletion(app, globals, result);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  signal(SIGPIPE, SIG_IGN);
+  // gRPC's own messages about connections would stand between our one-sentence errors.
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
+  Globals globals;
+  globals.data_folder = DefaultDataFolder();
+  std::string format = "table";
+  std::string data_folder;
+  refinery::client::Result result = refinery::client::kOk;
+  CLI::App app{"Refines large language models for small machines.", "refinery"};
+  app.footer(kFooter);
+  app.require_subcommand(1);
+  app.fallthrough();
+  app.set_version_flag("--version", "refinery " REFINERY_VERSION);
+  app.add_option("--coordinator", globals.coordinator, "HOST:PORT of refineryd (default 127.0.0.1:7433)")
+      ->envname("REFINERY_COORDINATOR");
+  app.add_option("-o,--output-format", format, "json or table")->check(CLI::IsMember({"json", "table"}));
+  app.add_option("--data-dir", data_folder, "folder of the pulled benchmarks (default ~/.cache/refinery/data)")
+      ->envname("REFINERY_DATA_DIR");
+  // Flags of the program may stand behind a command, and are read before its callback runs.
+  app.parse_complete_callback([&] {
+    globals.json = format == "json";
+    globals.coordinator_given = app.count("--coordinator") > 0 || std::getenv("REFINERY_COORDINATOR") != nullptr;
+    if (!data_folder.empty()) globals.data_folder = data_folder;
+  });
+  AddCommands(app, globals, result);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : refinery::client::kWrongInput;
+  }
+  if (result.ok()) return *result;
+  std::fprintf(stderr, "refinery: %s\n", refinery::Message(result.status()).c_str());
+  return refinery::client::ExitCodeOf(result.status());
+}

@@ -117,7 +117,8 @@ at::Tensor Divergence(const at::Tensor& log_p, const at::Tensor& log_q) {
 }
 
 // The same steps as KdRow in ATen operators, for devices and dtypes without the kernel. Softmax in float32 or float64.
-Sums DenseChunk(const at::Tensor& logits, const TeacherRows& teacher, const at::Tensor& targets, const Weights& weights) {
+Sums DenseChunk(const at::Tensor& logits, const TeacherRows& teacher, const at::Tensor& targets,
+                const Weights& weights) {
   const at::ScalarType type = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor plain = logits.to(type);
   const at::Tensor column = targets.unsqueeze(1);
@@ -134,7 +135,8 @@ Sums DenseChunk(const at::Tensor& logits, const TeacherRows& teacher, const at::
     const double log_rest = rest > 0 ? std::log(rest) : 0;
     at::Tensor tail = log_rest + (teacher.tail_logits.to(type) - log_rest) / weights.temperature;
     if (rest == 0) tail.fill_(kMinusInfinity);
-    const at::Tensor log_p = at::cat({teacher.logits.to(type) / weights.temperature, tail.unsqueeze(1)}, 1).log_softmax(1);
+    const at::Tensor log_p =
+        at::cat({teacher.logits.to(type) / weights.temperature, tail.unsqueeze(1)}, 1).log_softmax(1);
     const at::Tensor log_q_all = (plain / weights.temperature).log_softmax(1);
     const at::Tensor log_q_rest = log_q_all.scatter(1, ids, kMinusInfinity);
     const at::Tensor log_q_tail = rest > 0 ? log_q_rest.logsumexp(1, true).clamp_min(-85) : tail.unsqueeze(1);
@@ -160,8 +162,8 @@ TeacherRows Prepare(const TeacherRows& teacher, const at::Device& device) {
 
 }  // namespace
 
-KdResult KdLoss(const at::Tensor& hidden, const at::Tensor& lm_head, const at::Tensor& targets, const TeacherRows& teacher,
-                const KdSettings& settings, int64_t normalizer) {
+KdResult KdLoss(const at::Tensor& hidden, const at::Tensor& lm_head, const at::Tensor& targets,
+                const TeacherRows& teacher, const KdSettings& settings, int64_t normalizer) {
   CheckShapes(hidden, lm_head, targets, teacher, settings);
   const bool wants_gradient = at::GradMode::is_enabled() && hidden.requires_grad();
   Sums sums;

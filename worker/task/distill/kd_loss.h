@@ -1,17 +1,22 @@
 // worker/task/distill/kd_loss.h
 //
-// Knowledge-distillation loss over answer positions, fused with the output head: logits, softmax, loss and its gradient are
-// made chunk by chunk, so no [tokens, vocabulary] tensor lives longer than a chunk and the frozen head gets no gradient.
+// Knowledge-distillation loss over answer positions, fused with the output head: logits, softmax, loss and its
+// gradient are made chunk by chunk, so no [tokens, vocabulary] tensor lives longer than a chunk and the frozen head
+// gets no gradient.
 //
-//   loss = kl_weight * T^2 * KL_T(teacher || student) + (1 - kl_weight) * cross-entropy        (nats, mean over answer tokens)
+//   loss = kl_weight * T^2 * KL_T(teacher || student) + (1 - kl_weight) * cross-entropy
 //
-// KL_T: both sides at temperature T (Hinton et al. 2015, arXiv:1503.02531). The teacher's K entries are exact; the rest of its
-// mass is one tail bucket compared with the student's mass outside the same K entries, which is summed exactly. At T != 1 the
-// teacher's tail is taken as flat (see TeacherAtTemperature in kd_row.h). KL_T is never negative.
+// in nats, mean over answer tokens.
+//
+// KL_T: both sides at temperature T (Hinton et al. 2015, arXiv:1503.02531). The teacher's K entries are exact; the
+// rest of its mass is one tail bucket compared with the student's mass outside the same K entries, which is summed
+// exactly. At T != 1 the teacher's tail is taken as flat (see TeacherAtTemperature in kd_row.h). KL_T is never
+// negative.
 //
 // Shapes: N answer positions, H hidden size, V vocabulary, K teacher entries.
 // Dtypes: head products in hidden's dtype; softmax, KL and gradient in float32 (float64 for float64 hidden).
-// Devices: on the CPU, bfloat16 and float32 run in one fused kernel over rows; anything else takes the same steps in ATen.
+// Devices: on the CPU, bfloat16 and float32 run in one fused kernel over rows; anything else takes the same steps in
+// ATen.
 // Errors: c10::Error on shape bugs and ids outside the vocabulary.  Threads: no shared state.
 
 #pragma once
@@ -39,7 +44,7 @@ struct KdResult {
 // targets  [N]     int64 answer tokens
 // teacher  rows for the same N positions (may be undefined tensors when kl_weight == 0)
 // normalizer: number of answer tokens of the whole optimizer step (so that micro-batches add up exactly); 0 = N
-KdResult KdLoss(const at::Tensor& hidden, const at::Tensor& lm_head, const at::Tensor& targets, const TeacherRows& teacher,
-                const KdSettings& settings, int64_t normalizer = 0);
+KdResult KdLoss(const at::Tensor& hidden, const at::Tensor& lm_head, const at::Tensor& targets,
+                const TeacherRows& teacher, const KdSettings& settings, int64_t normalizer = 0);
 
 }  // namespace refinery::distill

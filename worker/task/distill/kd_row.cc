@@ -19,7 +19,9 @@ constexpr int64_t kBlock = 1024;
 #define RF_VECTOR_CLONES
 #endif
 
-[[gnu::always_inline]] inline float Load(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+[[gnu::always_inline]] inline float Load(uint16_t bits) {
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 [[gnu::always_inline]] inline float Load(float value) { return value; }
 
 // Rounds to nearest, ties to even; the values here are finite.
@@ -29,8 +31,8 @@ constexpr int64_t kBlock = 1024;
 }
 [[gnu::always_inline]] inline void Store(float value, float* out) { *out = value; }
 
-// exp for x <= 0, 2 ulp; 0 below -87. Range reduction by ln 2 in two parts, then a degree-6 polynomial of 2^f's exponent
-// (coefficients: Cephes expf). Written without branches so that it vectorises.
+// exp for x <= 0, 2 ulp; 0 below -87. Range reduction by ln 2 in two parts, then a degree-6 polynomial of 2^f's
+// exponent (coefficients: Cephes expf). Written without branches so that it vectorises.
 [[gnu::always_inline]] inline float Exp(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;
   const float shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
@@ -122,8 +124,8 @@ template <typename T>
   const float largest = MaxOf(logits, n);
   const double target_logit = Load(logits[target]) - largest;
 
-  // Sums at temperature 1 (cross-entropy) and T (KL). The student's mass outside the teacher's entries is summed without
-  // them, never as a difference: it may be far smaller than the rounding error of the whole.
+  // Sums at temperature 1 (cross-entropy) and T (KL). The student's mass outside the teacher's entries is summed
+  // without them, never as a difference: it may be far smaller than the rounding error of the whole.
   double plain_sum = plain ? 0 : ExpInto(logits, n, largest, 1.0f, scratch);
   double sum = ExpInto(logits, n, largest, static_cast<float>(inverse), scratch);
   double entries_sum = 0;
@@ -159,7 +161,8 @@ template <typename T>
   const double ce_weight = settings.cross_entropy_weight;
   const double rest = kl_weight * (1 / sum - (entries > 0 ? tail / outside : 0));
   const double plain_factor = ce_weight / plain_sum;
-  float target_gradient = static_cast<float>(scratch[target] * rest + ce_weight * (std::exp(target_logit) / plain_sum - 1));
+  float target_gradient =
+      static_cast<float>(scratch[target] * rest + ce_weight * (std::exp(target_logit) / plain_sum - 1));
   for (int64_t k = 0; k < entries; ++k) {  // kept aside: the pass below overwrites the logits
     const int32_t id = teacher.ids[k];
     const double softmax = std::exp(static_cast<double>(Load(logits[id])) - largest) / plain_sum;

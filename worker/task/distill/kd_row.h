@@ -1,9 +1,11 @@
 // worker/task/distill/kd_row.h
 //
-// The inner kernel of the distillation loss on the CPU: one answer position, from its logits to its loss and, in place, to
-// the gradient of that loss with respect to the logits. Plain loops that the compiler turns into vector code; no torch.
+// The inner kernel of the distillation loss on the CPU: one answer position, from its logits to its loss and, in
+// place, to the gradient of that loss with respect to the logits. Plain loops that the compiler turns into vector
+// code; no torch.
 //
-// Shapes: V vocabulary, K teacher entries.  Dtypes: logits bfloat16 (as raw bits) or float32; maths float32, sums double.
+// Shapes: V vocabulary, K teacher entries.  Dtypes: logits bfloat16 (as raw bits) or float32; maths float32, sums
+// double.
 // Errors: none; ids and target must lie in [0, V).  Threads: rows are independent.
 
 #pragma once
@@ -34,9 +36,9 @@ struct RowResult {
 };
 
 // The teacher's probabilities at a temperature: probabilities[K] of the entries, `tail` of the rest.
-// The tail is V-K tokens of equal probability: at temperature 1 each has exp(tail_logit) / (V-K), so at temperature T the
-// rest weighs (V-K) exp((tail_logit - log(V-K)) / T) against exp(logit / T) of each entry. Exact at T = 1 and for a flat tail;
-// a tail that is not flat is slightly underrated at T < 1 and overrated at T > 1.
+// The tail is V-K tokens of equal probability: at temperature 1 each has exp(tail_logit) / (V-K), so at temperature T
+// the rest weighs (V-K) exp((tail_logit - log(V-K)) / T) against exp(logit / T) of each entry. Exact at T = 1 and for
+// a flat tail; a tail that is not flat is slightly underrated at T < 1 and overrated at T > 1.
 struct TeacherDistribution {
   double* log_probabilities = nullptr;  // [K], caller's memory
   double tail_log_probability = 0;

@@ -43,7 +43,8 @@ StatusOr<nlohmann::json> ReadIndex(const std::filesystem::path& path) {
   RF_ASSIGN_OR_RETURN(const std::string format, StringOf(index, "format", path.string()));
   RF_ASSIGN_OR_RETURN(const int64_t version, IntegerOf(index, "version", path.string()));
   if (format != kFormat || version != kVersion) {
-    return DataLoss(path.string(), ": is '", format, "' version ", version, ", wanted '", kFormat, "' version ", kVersion);
+    return DataLoss(path.string(), ": is '", format, "' version ", version, ", wanted '", kFormat, "' version ",
+                    kVersion);
   }
   return index;
 }

@@ -1,7 +1,8 @@
 // worker/task/distill/logit_cache.h
 //
-// Offline teacher distributions: for every answer token the top-k log-probabilities, the mass of the rest, and the exact
-// log-partition at temperature 1, keyed by the digest of the student's token ids. docs/formats.md holds the file layout.
+// Offline teacher distributions: for every answer token the top-k log-probabilities, the mass of the rest, and the
+// exact log-partition at temperature 1, keyed by the digest of the student's token ids. docs/formats.md holds the
+// file layout.
 //
 // Shapes: N answer tokens over all examples, K entries per token.
 
@@ -22,7 +23,7 @@ namespace refinery::distill {
 
 struct TeacherRows {
   at::Tensor ids;          // [n, K] int32, descending by logit
-  at::Tensor logits;       // [n, K] float32: teacher logits minus the row's log-partition at T = 1, i.e. log-probabilities
+  at::Tensor logits;       // [n, K] float32: log-probabilities, i.e. logits minus the row's log-partition at T = 1
   at::Tensor tail_logits;  // [n] float32: log of the mass outside the K entries at T = 1 (-inf when none)
 };
 

@@ -5,8 +5,8 @@
 //   M <- M + (1 - momentum) (g - M)          u = nesterov ? g + momentum (M - g) : M
 //   W <- W (1 - learning_rate * weight_decay) - learning_rate * factor(shape) * NewtonSchulz(u)
 //
-// Source: torch.optim.Muon of torch 2.11.0, whose results it gives (there the iteration always runs in bfloat16); Keller
-// Jordan's post for the coefficients (kellerjordan.github.io/posts/muon); arXiv:2502.16982 for kMatchRmsAdamW.
+// Source: torch.optim.Muon of torch 2.11.0, whose results it gives (there the iteration always runs in bfloat16);
+// Keller Jordan's post for the coefficients (kellerjordan.github.io/posts/muon); arXiv:2502.16982 for kMatchRmsAdamW.
 // Shapes: parameters are 2-D. Equal shapes are iterated as one batch, a few products for all LoRA factors of a kind.
 // Dtypes: state float32; iteration bfloat16 on CUDA, float32 on CPU.
 // Errors: c10::Error if a parameter is not 2-D (a bug, never user input).  Threads: one optimizer per training loop.
@@ -38,8 +38,8 @@ struct MuonSettings {
   NewtonSchulzSettings newton_schulz;
 };
 
-// [..., m, n] -> the same shape and dtype: U S' V^T of each matrix, S' in about [0.68, 1.15] for singular values that are
-// not tiny against the largest. Iterates in bfloat16 on CUDA, float32 on CPU.
+// [..., m, n] -> the same shape and dtype: U S' V^T of each matrix, S' in about [0.68, 1.15] for singular values that
+// are not tiny against the largest. Iterates in bfloat16 on CUDA, float32 on CPU.
 at::Tensor NewtonSchulz(const at::Tensor& matrices, const NewtonSchulzSettings& settings);
 
 class Muon final : public Optimizer {

@@ -14,8 +14,8 @@ struct Schedule {
   double warmup_fraction = 0.1;  // of the steps, in [0, 1]; rounded up to whole steps
 
   int64_t WarmupSteps() const;
-  // The rate of step 0 .. steps-1. Warm-up reaches the peak at its last step: peak (step+1) / warm-up steps. The cosine's
-  // zero lies one step after the last, so that no step is wasted.
+  // The rate of step 0 .. steps-1. Warm-up reaches the peak at its last step: peak (step+1) / warm-up steps. The
+  // cosine's zero lies one step after the last, so that no step is wasted.
   double At(int64_t step) const;
 };
 

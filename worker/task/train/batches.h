@@ -2,9 +2,9 @@
 //
 // Which examples make an optimizer step, and how they lie in one packed batch.
 //
-// Order: every epoch is a permutation of all examples, derived from (seed, epoch) alone, so that the place in the data is
-// two integers. A step takes examples in that order while they fit; an example longer than the budget is a step of its own.
-// Epochs join without a gap.  Threads: none of this is shared.
+// Order: every epoch is a permutation of all examples, derived from (seed, epoch) alone, so that the place in the
+// data is two integers. A step takes examples in that order while they fit; an example longer than the budget is a
+// step of its own. Epochs join without a gap.  Threads: none of this is shared.
 
 #pragma once
 

@@ -46,10 +46,11 @@ StatusOr<std::vector<CurvePoint>> ReadCurve(const std::filesystem::path& path) {
     ++number;
     const json object = json::parse(line, nullptr, /*allow_exceptions=*/false);
     CurvePoint point;
-    const bool complete = object.is_object() && Read(object, "step", &point.step) && Read(object, "loss", &point.loss) &&
-                          Read(object, "kl", &point.kl) && Read(object, "cross_entropy", &point.cross_entropy) &&
-                          Read(object, "learning_rate", &point.learning_rate) && Read(object, "tokens", &point.tokens) &&
-                          Read(object, "seconds", &point.seconds);
+    const bool complete = object.is_object() && Read(object, "step", &point.step) &&
+                          Read(object, "loss", &point.loss) && Read(object, "kl", &point.kl) &&
+                          Read(object, "cross_entropy", &point.cross_entropy) &&
+                          Read(object, "learning_rate", &point.learning_rate) &&
+                          Read(object, "tokens", &point.tokens) && Read(object, "seconds", &point.seconds);
     if (!complete) return DataLoss(path.string(), ":", number, ": not a point of a training curve");
     double validation_loss = 0;
     if (Read(object, "validation_loss", &validation_loss)) point.validation_loss = validation_loss;

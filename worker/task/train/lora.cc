@@ -41,7 +41,9 @@ LoraFactors::~LoraFactors() {
 
 checkpoint::PeftAdapter LoraFactors::ToAdapter(const std::string& base_model) const {
   checkpoint::PeftAdapter adapter{.rank = rank_, .lora_alpha = lora_alpha_, .base_model = base_model};
-  const auto copy = [](const at::Tensor& value) { return value.detach().to(at::kCPU, at::kFloat, false, /*copy=*/true); };
+  const auto copy = [](const at::Tensor& value) {
+    return value.detach().to(at::kCPU, at::kFloat, false, /*copy=*/true);
+  };
   for (const model::Linear* linear : linears_) {
     adapter.pairs[linear->name] = {.a = copy(linear->lora_a), .b = copy(linear->lora_b)};
   }

@@ -21,12 +21,14 @@ Status CheckExamples(const std::vector<data::EncodedExample>& examples, const mo
                              example.answer_begin);
     }
     if (config.max_position > 0 && length > config.max_position) {
-      return InvalidArgument(where, ": has ", length, " tokens, the student takes ", config.max_position, "; shorten it");
+      return InvalidArgument(where, ": has ", length, " tokens, the student takes ", config.max_position,
+                             "; shorten it");
     }
     const auto outside = [&config](int32_t id) { return id < 0 || id >= config.vocab_size; };
     const auto bad = std::find_if(example.tokens.begin(), example.tokens.end(), outside);
     if (bad != example.tokens.end()) {
-      return InvalidArgument(where, ": token id ", *bad, " lies outside the student's vocabulary of ", config.vocab_size);
+      return InvalidArgument(where, ": token id ", *bad, " lies outside the student's vocabulary of ",
+                             config.vocab_size);
     }
   }
   return absl::OkStatus();

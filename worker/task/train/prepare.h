@@ -26,7 +26,8 @@ Status CheckInputs(const TrainInputs& inputs, const TrainSettings& settings);
 StatusOr<TeacherTables> LookUpTeacher(const TrainInputs& inputs, const TrainSettings& settings);
 
 std::vector<int64_t> Lengths(const std::vector<data::EncodedExample>& examples);
-// Indices of the leading examples that have at most `tokens` tokens together (0 = all); at least one where there is one.
+// Indices of the leading examples that have at most `tokens` tokens together (0 = all); at least one where there is
+// one.
 std::vector<size_t> ValidationExamples(const std::vector<data::EncodedExample>& examples, int64_t tokens);
 
 // Everything that decides the bits of a run, but not how it is cut into micro-batches or checkpoints.

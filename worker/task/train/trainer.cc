@@ -52,7 +52,8 @@ class Trainer {
         factors_(inputs.student, settings.lora_rank, settings.lora_alpha, inputs.seed),
         optimizer_(MakeOptimizer(factors_.parameters(), settings)),
         stream_(Lengths(inputs.train), inputs.seed),
-        schedule_{.peak = settings.learning_rate, .steps = settings.steps, .warmup_fraction = settings.warmup_fraction} {}
+        schedule_{
+            .peak = settings.learning_rate, .steps = settings.steps, .warmup_fraction = settings.warmup_fraction} {}
 
   Status Resume();
   StatusOr<TrainResult> Run();
@@ -184,7 +185,8 @@ std::optional<double> Trainer::ValidationLoss() const {
     losses.cross_entropy += result.cross_entropy;
   }
   const double loss = teacher_.validation.empty() ? losses.cross_entropy : losses.kl;
-  if (!std::isfinite(loss)) throw runtime::NumericException(Join("step ", step_, ": the validation loss is not finite"));
+  if (!std::isfinite(loss))
+    throw runtime::NumericException(Join("step ", step_, ": the validation loss is not finite"));
   return loss;
 }
 

@@ -2,20 +2,22 @@
 //
 // Distils a teacher's cached distributions into LoRA factors of a frozen student.
 //
-//   loss of a step = kl_weight T^2 KL_T(teacher || student) + (1 - kl_weight) cross-entropy, over its answer tokens only
+//   loss of a step = kl_weight T^2 KL_T(teacher || student) + (1 - kl_weight) cross-entropy, over answer tokens only
 //
-// Factors stand beside all seven linear layers of every block, start as PEFT's do (A uniform in +-1/sqrt(in), B zero) and are
-// float32; the student stays in its own dtype. Steps take whole examples without padding (batches.h). Learning rate: linear
-// warm-up, then half a cosine. Muon works on both factors with AdamW-matched step sizes.
+// Factors stand beside all seven linear layers of every block, start as PEFT's do (A uniform in +-1/sqrt(in), B zero)
+// and are float32; the student stays in its own dtype. Steps take whole examples without padding (batches.h).
+// Learning rate: linear warm-up, then half a cosine. Muon works on both factors with AdamW-matched step sizes.
 //
-// Validation loss: KL(teacher || student) at temperature 1 over the validation examples, nats per answer token, whatever the
-// training temperature and kl_weight, so that trials can be compared (cross-entropy where there is no teacher).
+// Validation loss: KL(teacher || student) at temperature 1 over the validation examples, nats per answer token,
+// whatever the training temperature and kl_weight, so that trials can be compared (cross-entropy where there is no
+// teacher).
 //
-// Determinism: everything random derives from (seed, name); the same inputs, seed and thread count give the same bits, also
-// when the run is interrupted and resumed from a checkpoint.
-// Errors: INVALID_ARGUMENT for settings and examples that cannot be trained, NOT_FOUND for an example without teacher rows,
-// DATA_LOSS / FAILED_PRECONDITION for a checkpoint that is damaged or of another run; runtime::NumericException when loss or
-// gradient is not finite, naming step and layer.  Threads: one training at a time per student.
+// Determinism: everything random derives from (seed, name); the same inputs, seed and thread count give the same
+// bits, also when the run is interrupted and resumed from a checkpoint.
+// Errors: INVALID_ARGUMENT for settings and examples that cannot be trained, NOT_FOUND for an example without teacher
+// rows, DATA_LOSS / FAILED_PRECONDITION for a checkpoint that is damaged or of another run; runtime::NumericException
+// when loss or gradient is not finite, naming step and layer.
+// Threads: one training at a time per student.
 
 #pragma once
 

@@ -64,7 +64,8 @@ Status CheckFiles(const nlohmann::json& digests, const fs::path& folder) {
   for (const char* name : {"adapter_config.json", "adapter_model.safetensors", kOptimizerFile, kCurveFile}) {
     if (!digests.contains(name)) return DataLoss((folder / kStateFile).string(), ": names no file '", name, "'");
     RF_ASSIGN_OR_RETURN(const std::string digest, DigestOfFile(folder / name));
-    if (digests[name] != digest) return DataLoss((folder / name).string(), ": does not have its digest; the file is damaged");
+    if (digests[name] != digest)
+      return DataLoss((folder / name).string(), ": does not have its digest; the file is damaged");
   }
   return absl::OkStatus();
 }

@@ -4,7 +4,8 @@
 //   adapter_config.json, adapter_model.safetensors   factors (PEFT format)
 //   optimizer.safetensors                            optimizer state by parameter name
 //   curve.jsonl                                      the curve so far
-//   state.json                                       format, version, step, data cursor, tokens, fingerprint, file digests
+//   state.json                                       format, version, step, data cursor, tokens, fingerprint, file
+//   digests
 // It appears complete or not at all: written under a hidden name, flushed, renamed (docs/formats.md).
 
 #pragma once
@@ -41,8 +42,8 @@ std::string CheckpointName(int64_t step);
 // Writes <folder>/step-NNNNNN, replacing one of that name.
 Status SaveTrainingState(const TrainingState& state, const std::filesystem::path& folder);
 
-// `path` is a step-NNNNNN folder. NOT_FOUND, DATA_LOSS naming the file; FAILED_PRECONDITION naming the first field in which
-// the fingerprint differs from the wanted one.
+// `path` is a step-NNNNNN folder. NOT_FOUND, DATA_LOSS naming the file; FAILED_PRECONDITION naming the first field in
+// which the fingerprint differs from the wanted one.
 StatusOr<TrainingState> LoadTrainingState(const std::filesystem::path& path, const nlohmann::json& fingerprint);
 
 }  // namespace refinery::train

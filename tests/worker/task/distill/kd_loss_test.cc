@@ -54,7 +54,8 @@ struct Reference {
   at::Tensor loss, kl, cross_entropy;
 };
 
-// Dense float64 with autograd: flatten the teacher's tail, temper both sides, sum the rest into one bucket, textbook KL.
+// Dense float64 with autograd: flatten the teacher's tail, temper both sides, sum the rest into one bucket, textbook
+// KL.
 Reference DenseReference(const at::Tensor& hidden, const Problem& problem, const KdSettings& settings) {
   const at::Tensor logits = hidden.matmul(problem.head.to(at::kDouble).t());
   const at::Tensor ids = problem.teacher.ids.to(at::kLong);
@@ -221,8 +222,9 @@ TEST(TeacherAtTemperatureTest, IsExactForAFlatTail) {
     const at::Tensor wanted = (logits / temperature).softmax(1);
     double log_p[2];
     TeacherDistribution p{.log_probabilities = log_p};
-    TeacherAtTemperature({rows.ids.data_ptr<int32_t>(), rows.logits.data_ptr<float>(), rows.tail_logits[0].item<float>(), 2},
-                         7, temperature, &p);
+    TeacherAtTemperature(
+        {rows.ids.data_ptr<int32_t>(), rows.logits.data_ptr<float>(), rows.tail_logits[0].item<float>(), 2}, 7,
+        temperature, &p);
     EXPECT_NEAR(std::exp(log_p[0]), wanted[0][0].item<double>(), 1e-7);
     EXPECT_NEAR(std::exp(log_p[1]), wanted[0][1].item<double>(), 1e-7);
     EXPECT_NEAR(std::exp(p.tail_log_probability), 5 * wanted[0][2].item<double>(), 1e-7);

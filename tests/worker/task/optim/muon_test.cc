@@ -27,8 +27,9 @@ MuonSettings SettingsOf(const nlohmann::json& peer_case) {
           .scale = peer_case["scale"] == "original" ? MuonScale::kOriginal : MuonScale::kMatchRmsAdamW};
 }
 
-// Goal: the released optimizer's results. Method: ten steps on four matrices, all settings, stored by torch 2.11.0; against
-// its run with the iteration in float32 to rounding, against the released bfloat16 iteration to bfloat16 accuracy.
+// Goal: the released optimizer's results. Method: ten steps on four matrices, all settings, stored by torch 2.11.0;
+// against its run with the iteration in float32 to rounding, against the released bfloat16 iteration to bfloat16
+// accuracy.
 TEST(MuonTest, GivesTheReleasedOptimizersParameters) {
   int compared = 0;
   for (const nlohmann::json& peer_case : Peer()["cases"]) {
@@ -36,8 +37,8 @@ TEST(MuonTest, GivesTheReleasedOptimizersParameters) {
     const double difference = ReplayDifference(peer_case, [&](std::vector<Parameter> parameters) {
       return std::make_unique<Muon>(std::move(parameters), SettingsOf(peer_case));
     });
-    // Ten steps of at most 0.02 * 1.63 * 1.2 each; bfloat16 has 8 bits, amplified by the iteration's slope.
-    EXPECT_LT(difference, peer_case["iteration"] == "float32" ? 2e-6 : 1e-2) << peer_case.dump().substr(0, 150);
+    // Parameters move by 0.08 to 0.17; torch's own two runs differ by up to 2.8e-3.
+    EXPECT_LT(difference, peer_case["iteration"] == "float32" ? 2e-6 : 4e-3) << peer_case.dump().substr(0, 150);
     ++compared;
   }
   EXPECT_EQ(compared, 8);
@@ -90,7 +91,8 @@ TEST(MuonTest, RefusesAForeignState) {
   Muon muon(PeerParameters(), {});
   std::map<std::string, at::Tensor> state = muon.State();
   state.erase("b.momentum");
-  EXPECT_THAT(muon.LoadState(state), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("'b.momentum' is missing")));
+  EXPECT_THAT(muon.LoadState(state),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("'b.momentum' is missing")));
   state["b.momentum"] = at::zeros({2, 2});
   EXPECT_THAT(muon.LoadState(state), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("wrong shape")));
   state = muon.State();

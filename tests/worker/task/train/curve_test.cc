@@ -16,9 +16,14 @@ using ::testing::HasSubstr;
 
 TEST(CurveTest, ReturnsTheSameBits) {
   const std::filesystem::path path = FreshFolder("curve") / "curve.jsonl";
-  const std::vector<CurvePoint> curve = {
-      {.step = 1, .loss = 1.0 / 3, .kl = 1e-17, .cross_entropy = 2.5, .learning_rate = 2e-3 / 7, .tokens = 500, .seconds = 0.1},
-      {.step = 2, .loss = 0.3, .tokens = 1 << 30, .validation_loss = 0.1 + 0.2}};
+  const std::vector<CurvePoint> curve = {{.step = 1,
+                                          .loss = 1.0 / 3,
+                                          .kl = 1e-17,
+                                          .cross_entropy = 2.5,
+                                          .learning_rate = 2e-3 / 7,
+                                          .tokens = 500,
+                                          .seconds = 0.1},
+                                         {.step = 2, .loss = 0.3, .tokens = 1 << 30, .validation_loss = 0.1 + 0.2}};
   ASSERT_THAT(WriteCurve(curve, path), IsOk());
   const auto read = ReadCurve(path);
   ASSERT_THAT(read, IsOk());

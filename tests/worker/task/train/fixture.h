@@ -1,7 +1,7 @@
 // tests/worker/task/train/fixture.h
 //
-// A student of two small layers with seeded random weights, examples over its vocabulary, and a teacher that is another such
-// model, so that trainings of a few steps take milliseconds.
+// A student of two small layers with seeded random weights, examples over its vocabulary, and a teacher that is
+// another such model, so that trainings of a few steps take milliseconds.
 
 #pragma once
 

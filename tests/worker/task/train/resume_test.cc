@@ -18,8 +18,9 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Pair;
 
-// Goal: an interrupted training ends with the bits of an undisturbed one. Method: six steps at once against three, killed,
-// and three more from the checkpoint by a program that has only the folder; both optimizers, bfloat16 student.
+// Goal: an interrupted training ends with the bits of an undisturbed one. Method: six steps at once against three,
+// killed, and three more from the checkpoint by a program that has only the folder; both optimizers, bfloat16
+// student.
 TEST(ResumeTest, GivesTheBitsOfAnUndisturbedRun) {
   for (const OptimizerKind optimizer : {OptimizerKind::kMuon, OptimizerKind::kAdamW}) {
     TinyRun straight(24, at::kBFloat16);
@@ -90,7 +91,8 @@ TEST_F(CheckpointTest, LeavesNothingElseBehind) {
 
 TEST_F(CheckpointTest, RefusesARunWithOtherSettings) {
   run_.settings.temperature = 3;
-  EXPECT_THAT(Resume(), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("'temperature' is 1.0 there, 3.0 here")));
+  EXPECT_THAT(Resume(),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("'temperature' is 1.0 there, 3.0 here")));
 }
 
 TEST_F(CheckpointTest, RefusesARunWithOtherData) {

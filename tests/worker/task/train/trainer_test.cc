@@ -29,8 +29,8 @@ struct DenseLosses {
   double kl = 0, cross_entropy = 0;
 };
 
-// Mean KL(teacher || student) at temperature 1 and cross-entropy over all answer tokens: dense softmaxes in float64, every
-// sequence by itself.
+// Mean KL(teacher || student) at temperature 1 and cross-entropy over all answer tokens: dense softmaxes in float64,
+// every sequence by itself.
 DenseLosses Dense(const model::CausalLm& student, const model::CausalLm& teacher,
                   const std::vector<data::EncodedExample>& examples) {
   DenseLosses sums;
@@ -47,8 +47,9 @@ DenseLosses Dense(const model::CausalLm& student, const model::CausalLm& teacher
   return {sums.kl / tokens, sums.cross_entropy / tokens};
 }
 
-// Goal: the right positions predict the right tokens, and packing changes nothing. Method: the first step's losses (factors
-// are still without effect) over the whole data set, against dense losses of each sequence alone. K = V: the KL is exact.
+// Goal: the right positions predict the right tokens, and packing changes nothing. Method: the first step's losses
+// (factors are still without effect) over the whole data set, against dense losses of each sequence alone. K = V: the
+// KL is exact.
 TEST(TrainTest, FirstStepReportsTheUntouchedStudentsLoss) {
   TinyRun run(kTinyVocabulary);
   run.settings.steps = 1;
@@ -67,8 +68,8 @@ TEST(TrainTest, FirstStepReportsTheUntouchedStudentsLoss) {
   EXPECT_EQ(result->curve[0].tokens, static_cast<uint64_t>(run.settings.tokens_per_step));
 }
 
-// Goal: the adapter that comes out is the one whose loss is reported. Method: attach it, dense losses again; and the teacher
-// has come much nearer on the examples that were trained.
+// Goal: the adapter that comes out is the one whose loss is reported. Method: attach it, dense losses again; and the
+// teacher has come much nearer on the examples that were trained.
 TEST(TrainTest, LearnsTheTeacherWithBothOptimizers) {
   for (const OptimizerKind optimizer : {OptimizerKind::kMuon, OptimizerKind::kAdamW}) {
     TinyRun run(kTinyVocabulary);
@@ -85,8 +86,8 @@ TEST(TrainTest, LearnsTheTeacherWithBothOptimizers) {
   }
 }
 
-// Goal: validation losses of different trials can be compared. Method: with a rate too small to matter they are the same
-// number, the dense KL, whatever the training loss is.
+// Goal: validation losses of different trials can be compared. Method: with a rate too small to matter they are the
+// same number, the dense KL, whatever the training loss is.
 TEST(TrainTest, ValidationLossDoesNotDependOnTheTrainingLoss) {
   for (const auto& [kl_weight, temperature] : {std::pair(1.0, 1.0), std::pair(1.0, 4.0), std::pair(0.1, 2.0)}) {
     TinyRun run(kTinyVocabulary);
@@ -127,8 +128,8 @@ TEST(TrainTest, SameSeedGivesTheSameBitsAndAnotherDoesNot) {
   }
 }
 
-// Goal: micro-batches change memory, not results. Method: four steps at once and in parts; every part weighed by its own
-// tokens instead of the step's would show in the losses, a lost or doubled part in the factors.
+// Goal: micro-batches change memory, not results. Method: four steps at once and in parts; every part weighed by its
+// own tokens instead of the step's would show in the losses, a lost or doubled part in the factors.
 TEST(TrainTest, MicroBatchesGiveTheSameTraining) {
   TinyRun run;
   run.settings.steps = 4;

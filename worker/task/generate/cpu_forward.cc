@@ -22,6 +22,8 @@ using simd::Bf16;
 constexpr int64_t kFewTokens = 32;      // up to here our products beat ATen's
 constexpr int64_t kCapacityUnit = 64;   // cache capacity in positions is a multiple of this
 constexpr int64_t kOutputUnit = 16;     // outputs of a product are shared out in whole cache lines
+// Products (weights x tokens) of one layer below which barriers cost more than a second thread brings.
+constexpr int64_t kWorthSharing = 400000;
 
 template <typename T>
 T* Data(const at::Tensor& tensor) {
@@ -32,7 +34,7 @@ template <typename T>
 class CpuForward final : public Forward {
  public:
   explicit CpuForward(std::shared_ptr<const model::CausalLm> model)
-      : model_(std::move(model)), config_(model_->config()), team_(at::get_num_threads()) {
+      : model_(std::move(model)), config_(model_->config()), all_(at::get_num_threads()), team_(&all_) {
     n_ = config_.num_heads;
     m_ = config_.num_kv_heads;
     d_ = config_.head_dim;
@@ -56,7 +58,7 @@ class CpuForward final : public Forward {
   // y [tokens, outputs] (+)= x W^T + bias, this member's share of the outputs.
   void Multiply(const model::Linear& linear, const T* x, float* y, int64_t y_stride, bool accumulate, int member) const {
     const int64_t outputs = linear.weight.size(0);
-    const Share share = ShareOf(outputs, member, team_.size(), kOutputUnit);
+    const Share share = ShareOf(outputs, member, team_->size(), kOutputUnit);
     kernels::Product<T>({x, Tokens(), linear.weight.size(1), Data<T>(linear.weight), Data<T>(linear.bias), y, y_stride, accumulate},
                         share.begin, share.end);
   }
@@ -76,7 +78,8 @@ class CpuForward final : public Forward {
 
   const std::shared_ptr<const model::CausalLm> model_;
   const model::ModelConfig& config_;
-  Team team_;
+  Team all_, alone_{1};
+  Team* team_;                             // the one that runs the current step
   int64_t n_ = 0, m_ = 0, d_ = 0;
   int64_t slots_ = 0, capacity_ = 0;
   std::vector<at::Tensor> keys_, values_;  // per layer, laid out as cpu_kernels.h says
@@ -137,10 +140,12 @@ void CpuForward<T>::Lay(const StepBatch& batch) {
   }
   const size_t rows = tokens_.size(), qkv = static_cast<size_t>((n_ + 2 * m_) * d_);
   const size_t score_floats = static_cast<size_t>(std::min<int64_t>(n_ / m_, 4) * (longest + kernels::kKeyBlock));
-  scores_.resize(static_cast<size_t>(team_.size()));
+  scores_.resize(static_cast<size_t>(all_.size()));
   for (std::vector<float>& scores : scores_) scores.resize(std::max(scores.size(), score_floats));
   qkv_.resize(rows * qkv);
   next_item_ = 0;
+  const int64_t weights = config_.hidden_size * (2 * (n_ + m_) * d_ + 3 * config_.intermediate_size);
+  team_ = weights * Tokens() < kWorthSharing ? &alone_ : &all_;
 }
 
 template <typename T>
@@ -198,27 +203,27 @@ at::Tensor CpuForward<T>::StepFew() {
   product_.resize(rows * i);
   wanted_hidden_.resize(wanted_.size() * h);
   const at::Tensor logits = at::empty({static_cast<int64_t>(wanted_.size()), config_.vocab_size}, at::kFloat);
-  team_.Run([&](int member) { Member(member, Data<float>(logits)); });
+  team_->Run([&](int member) { Member(member, Data<float>(logits)); });
   return logits;
 }
 
 template <typename T>
 void CpuForward<T>::Member(int member, float* logits) {
   const int64_t h = config_.hidden_size;
-  const Share mine = ShareOf(Tokens(), member, team_.size());
+  const Share mine = ShareOf(Tokens(), member, team_->size());
   for (int64_t t = mine.begin; t < mine.end; ++t) {
     kernels::Widen<T>(Data<T>(model_->embed_tokens) + tokens_[static_cast<size_t>(t)].id * h, hidden_.data() + t * h, h);
   }
   for (size_t i = 0; i < model_->layers.size(); ++i) MemberLayer(model_->layers[i], i, member);
-  team_.Barrier();
+  team_->Barrier();
   const int64_t rows = static_cast<int64_t>(wanted_.size());
-  const Share share = ShareOf(rows, member, team_.size());
+  const Share share = ShareOf(rows, member, team_->size());
   for (int64_t r = share.begin; r < share.end; ++r) {
     kernels::NormRows<T>(hidden_.data() + wanted_[static_cast<size_t>(r)] * h, Data<T>(model_->final_norm), normed_.data() + r * h,
                          1, h, static_cast<float>(config_.rms_norm_eps));
   }
-  team_.Barrier();
-  const Share outputs = ShareOf(config_.vocab_size, member, team_.size(), kOutputUnit);
+  team_->Barrier();
+  const Share outputs = ShareOf(config_.vocab_size, member, team_->size(), kOutputUnit);
   kernels::Product<T>({normed_.data(), rows, h, Data<T>(model_->lm_head), nullptr, logits, config_.vocab_size, false},
                       outputs.begin, outputs.end);
 }
@@ -227,36 +232,36 @@ template <typename T>
 void CpuForward<T>::MemberLayer(const model::DecoderLayer& layer, size_t index, int member) {
   const int64_t h = config_.hidden_size, width = config_.intermediate_size, qkv = (n_ + 2 * m_) * d_;
   const auto eps = static_cast<float>(config_.rms_norm_eps);
-  const Share mine = ShareOf(Tokens(), member, team_.size());
+  const Share mine = ShareOf(Tokens(), member, team_->size());
   const auto normalize = [&](const at::Tensor& weight) {
     kernels::NormRows<T>(hidden_.data() + mine.begin * h, Data<T>(weight), normed_.data() + mine.begin * h, mine.end - mine.begin,
                          h, eps);
   };
-  team_.Barrier();  // hidden_ is complete
+  team_->Barrier();  // hidden_ is complete
   normalize(layer.input_norm);
-  team_.Barrier();
+  team_->Barrier();
   Multiply(layer.q, normed_.data(), qkv_.data(), qkv, false, member);
   Multiply(layer.k, normed_.data(), qkv_.data() + n_ * d_, qkv, false, member);
   Multiply(layer.v, normed_.data(), qkv_.data() + (n_ + m_) * d_, qkv, false, member);
   if (member == 0) next_item_ = 0;
-  team_.Barrier();
+  team_->Barrier();
   for (int64_t t = mine.begin; t < mine.end; ++t) Prepare(layer, index, t);
-  team_.Barrier();
+  team_->Barrier();
   AttendItems(index, context_.data(), scores_[static_cast<size_t>(member)]);
-  team_.Barrier();
+  team_->Barrier();
   Multiply(layer.o, context_.data(), hidden_.data(), h, true, member);
-  team_.Barrier();
+  team_->Barrier();
   normalize(layer.post_attention_norm);
-  team_.Barrier();
+  team_->Barrier();
   // Gate and up have the same share of outputs, so the activation needs no barrier between.
   Multiply(layer.gate, normed_.data(), gate_up_.data(), 2 * width, false, member);
   Multiply(layer.up, normed_.data(), gate_up_.data() + width, 2 * width, false, member);
-  const Share share = ShareOf(width, member, team_.size(), kOutputUnit);
+  const Share share = ShareOf(width, member, team_->size(), kOutputUnit);
   for (int64_t t = 0; t < Tokens(); ++t) {
     const float* gate = gate_up_.data() + t * 2 * width + share.begin;
     kernels::SiluMulRow<T>(gate, gate + width, product_.data() + t * width + share.begin, share.end - share.begin);
   }
-  team_.Barrier();
+  team_->Barrier();
   Multiply(layer.down, product_.data(), hidden_.data(), h, true, member);
 }
 
@@ -269,13 +274,13 @@ at::Tensor CpuForward<T>::StepMany(const StepBatch& batch) {
     const at::Tensor qkv = model::Project(model_->Normalize(hidden, layer.input_norm), {&layer.q, &layer.k, &layer.v});
     const at::Tensor context = at::empty({tokens, n_ * d_}, qkv.options());
     next_item_ = 0;
-    team_.Run([&](int member) {
-      const Share mine = ShareOf(tokens, member, team_.size());
+    team_->Run([&](int member) {
+      const Share mine = ShareOf(tokens, member, team_->size());
       for (int64_t t = mine.begin; t < mine.end; ++t) {
         kernels::Widen<T>(Data<T>(qkv) + t * columns, qkv_.data() + t * columns, columns);
         Prepare(layer, i, t);
       }
-      team_.Barrier();
+      team_->Barrier();
       AttendItems(i, Data<T>(context), scores_[static_cast<size_t>(member)]);
     });
     const at::Tensor middle = hidden + layer.o(context);

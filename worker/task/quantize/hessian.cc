@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "worker/task/quantize/pair_packing.h"
+
 namespace refinery::quantize {
 namespace {
 
@@ -26,37 +28,14 @@ bool HasBFloat16Products() {
 #endif
 }
 
-// One chunk in the two layouts of those kernels.
+// One chunk in the two layouts of those kernels (pair_packing.h).
 struct PackedChunk {
   int64_t tokens = 0;                    // even
   std::vector<at::BFloat16> transposed;  // [columns, tokens]
   std::vector<at::BFloat16> pairs;       // [tokens / 2, columns, 2]
 };
 
-void Pack(const at::BFloat16* x, int64_t tokens, int64_t columns, PackedChunk* chunk) {
-  const int64_t even = (tokens + 1) / 2 * 2;
-  chunk->tokens = even;
-  chunk->transposed.resize(columns * even);
-  chunk->pairs.resize(columns * even);
-  const at::BFloat16 zero(0.0f);
-  constexpr int64_t kTile = 32;  // columns: one cache line of a row, and a few lines of the transposed rows
-  at::parallel_for(0, (columns + kTile - 1) / kTile, 1, [&](int64_t first, int64_t last) {
-    for (int64_t begin = first * kTile; begin < std::min(last * kTile, columns); begin += kTile) {
-      const int64_t end = std::min(begin + kTile, columns);
-      for (int64_t t = 0; t < even; t += 2) {
-        const at::BFloat16* top = x + t * columns;
-        at::BFloat16* pair = chunk->pairs.data() + t * columns;
-        for (int64_t c = begin; c < end; ++c) {
-          const at::BFloat16 a = top[c], b = t + 1 < tokens ? top[columns + c] : zero;
-          pair[2 * c] = a;
-          pair[2 * c + 1] = b;
-          chunk->transposed[c * even + t] = a;
-          chunk->transposed[c * even + t + 1] = b;
-        }
-      }
-    }
-  });
-}
+uint32_t* Words(std::vector<at::BFloat16>& values) { return reinterpret_cast<uint32_t*>(values.data()); }
 
 // upper += x^T x, on and above the block diagonal.
 void AddBFloat16(const at::Tensor& inputs, at::Tensor& upper) {
@@ -70,7 +49,16 @@ void AddBFloat16(const at::Tensor& inputs, at::Tensor& upper) {
   float* sums = upper.data_ptr<float>();
   for (int64_t first = 0; first < x.size(0); first += kChunkTokens) {
     const int64_t tokens = std::min(kChunkTokens, x.size(0) - first);
-    Pack(x.const_data_ptr<at::BFloat16>() + first * columns, tokens, columns, &chunk);
+    chunk.tokens = (tokens + 1) / 2 * 2;
+    chunk.pairs.resize(chunk.tokens * columns);
+    chunk.transposed.resize(chunk.tokens * columns);
+    const auto* rows = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()) + first * columns;
+    at::parallel_for(0, PairStrips(columns), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        PackPairStrip({.rows = rows, .tokens = tokens, .columns = columns, .pairs = Words(chunk.pairs),
+                       .transposed = Words(chunk.transposed)}, strip);
+      }
+    });
     at::parallel_for(0, static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const auto [i, j] = products[p];

@@ -9,6 +9,7 @@
 #include "worker/task/model/ops.h"
 #include "worker/task/model/projection.h"
 #include "worker/task/quantize/hessian.h"
+#include "worker/task/quantize/prepared_hessian.h"
 #include "worker/task/quantize/quantized_artifact.h"
 
 namespace refinery::quantize {
@@ -76,12 +77,12 @@ class Run {
       result_->times.hessian_seconds += Now() - middle;
     }
     const double begin = Now();
-    const at::Tensor matrix = hessian.Matrix();
+    const PreparedHessian prepared = PrepareHessian(linears[0]->name, hessian.Matrix(), settings_);
     for (model::Linear* linear : linears) {
       reporter_.Check();
       TORCH_CHECK(!linear->lora_a.defined(), linear->name, ": merge the adapter before quantizing");
       GptqReport& report = result_->reports[linear->name];
-      QuantizedLinear quantized = Gptq(linear->name, linear->weight, matrix, settings_, &report);
+      QuantizedLinear quantized = GptqPrepared(linear->name, linear->weight, prepared, settings_, &report);
       for (const std::string& note : report.notes) reporter_.Note("gptq_fallback", Join(linear->name, ": ", note));
       linear->weight.copy_(quantized.Dequantize());  // in place: q k v and gate up stay side by side (projection.h)
       result_->linears[linear->name] = std::move(quantized);

@@ -16,6 +16,7 @@
 #include "common/files.h"
 #include "common/logging.h"
 #include "server/api/server.h"
+#include "server/report/report.h"
 
 namespace refinery {
 namespace {
@@ -55,7 +56,9 @@ class Signals {
 };
 
 Status Serve(const Flags& flags, const Signals& signals) {
-  api::CoordinatorOptions options{.state = flags.state, .lease_ttl = std::chrono::milliseconds(flags.lease_ttl_ms)};
+  api::CoordinatorOptions options{.state = flags.state,
+                                  .lease_ttl = std::chrono::milliseconds(flags.lease_ttl_ms),
+                                  .make_report = report::MakeReport};
   if (const char* count = std::getenv("REFINERY_EXIT_AFTER_EVENT")) {
     options.exit_after_event = std::strtoull(count, nullptr, 10);
   }
@@ -84,6 +87,7 @@ Status Serve(const Flags& flags, const Signals& signals) {
 }
 
 int Main(int argc, char** argv) {
+  setenv("GRPC_VERBOSITY", "NONE", 0);  // our one sentence says it; gRPC's own lines only on request
   Flags flags;
   CLI::App app("refineryd: the coordinator of Refinery");
   app.set_version_flag("--version", Join("refineryd ", REFINERY_VERSION, " (gRPC ", grpc::Version(), ")"));

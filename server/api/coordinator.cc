@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <exception>
 
-#include "server/report/report.h"
 #include "server/scheduler/schedule.h"
 #include "server/store/artifacts.h"
 
@@ -80,6 +79,7 @@ StatusOr<std::unique_ptr<Coordinator>> Coordinator::Open(CoordinatorOptions opti
 }
 
 Status Coordinator::Start() {
+  RF_CHECK(options_.make_report != nullptr);
   RF_ASSIGN_OR_RETURN(log_, store::EventLog::Open(options_.state));
   RF_ASSIGN_OR_RETURN(blobs_, store::BlobStore::Open(options_.state));
   core_ = std::make_unique<jobs::Core>(
@@ -202,7 +202,7 @@ Status Coordinator::WriteReport(Turn& turn, const std::string& id) try {
     }
     (is_training ? input.curves[planned.path] : input.curate_summary) = *std::move(text);
   }
-  const report::Report report = report::MakeReport(input);
+  const report::Report report = options_.make_report(input);
   RF_ASSIGN_OR_RETURN(const v1::ArtifactRef ref, store::PutArtifact(*blobs_, "report",
                                                                     {{"report.md", report.markdown},
                                                                      {"report.html", report.html},

@@ -29,6 +29,7 @@
 #include "server/api/fleet.h"
 #include "server/jobs/core.h"
 #include "server/metrics/metrics.h"
+#include "server/report/report.h"
 #include "server/store/attempt_logs.h"
 #include "server/store/blob_store.h"
 #include "server/store/event_log.h"
@@ -42,6 +43,7 @@ struct CoordinatorOptions {
   Milliseconds watch_heartbeat = limits::kWatchHeartbeat;
   Milliseconds retry_backoff{1'000};
   std::string code_version = REFINERY_VERSION;
+  std::function<report::Report(const report::ReportInput&)> make_report;  // required
   uint64_t exit_after_event = 0;  // for tests: the process ends as if killed after this many committed events; 0 = never
 };
 

@@ -163,12 +163,18 @@ void Core::TakeNotes(JobState& job, const std::string& path, const google::proto
 
 std::vector<Core::ReadyTask> Core::ReadyTasks(const Now& now, size_t limit) const {
   std::vector<ReadyTask> ready;
+  std::set<std::string> coming;  // identities whose result is being made: an identical task waits for it
+  for (const auto& [id, i] : leases_) {
+    const TaskState& task = state_.jobs.at(id).tasks[i];
+    if (task.state == v1::Task::LEASED) coming.insert(task.digest);
+  }
   for (const std::string& id : state_.order) {
     const JobState& job = state_.jobs.at(id);
     for (const size_t i : job.ready) {
       if (ready.size() == limit) return ready;
       const TaskState& task = job.tasks[i];
       if (task.not_before > now.steady) continue;
+      if (!task.digest.empty() && !coming.insert(task.digest).second) continue;
       const auto worked = worked_.find(id);
       ready.push_back({.job = id,
                        .path = job.plan.tasks[i].path,

@@ -63,7 +63,8 @@ class Core {
   // What a worker says of itself: renews its leases, takes progress and notes in, adopts attempts that survived a restart.
   Report Synchronize(const v1::SynchronizeRequest& request, const Now& now, Events* events);
 
-  // READY tasks whose time has come, oldest job first, then in the plan's order.
+  // READY tasks whose time has come, oldest job first, then in the plan's order. Of tasks with the same identity only one at
+  // a time: the others take its result.
   struct ReadyTask {
     std::string job;
     std::string path;

@@ -1,0 +1,182 @@
+#include "server/store/blob_store.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "server/store/artifacts.h"
+#include "server/store/attempt_logs.h"
+#include "tests/server/store/temp_folder.h"
+#include "tests/support/status_matchers.h"
+
+namespace refinery::store {
+namespace {
+
+using refinery::testing::IsOk;
+using refinery::testing::IsOkAndHolds;
+using refinery::testing::StatusCodeIs;
+using refinery::testing::StatusIs;
+using refinery::testing::TempFolder;
+using ::testing::HasSubstr;
+
+class BlobStoreTest : public ::testing::Test {
+ protected:
+  void SetUp() override { Reopen(); }
+  void Reopen() {
+    auto store = BlobStore::Open(folder_.path());
+    ASSERT_THAT(store, IsOk());
+    store_ = *std::move(store);
+  }
+  std::filesystem::path BlobFile(const std::string& digest) {
+    return folder_.path() / "cas" / digest.substr(7, 2) / digest.substr(7);
+  }
+
+  TempFolder folder_;
+  std::unique_ptr<BlobStore> store_;
+};
+
+TEST_F(BlobStoreTest, StoresUnderTheDigest) {
+  const auto digest = store_->Put("hello\n");
+  // Oracle: printf 'hello\n' | sha256sum
+  ASSERT_THAT(digest, IsOkAndHolds("sha256:5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"));
+  EXPECT_TRUE(std::filesystem::exists(BlobFile(*digest)));
+  EXPECT_THAT(store_->Get(*digest), IsOkAndHolds("hello\n"));
+  EXPECT_EQ(store_->total_blobs(), 1);
+  EXPECT_EQ(store_->total_bytes(), 6);
+  Reopen();
+  EXPECT_EQ(store_->total_bytes(), 6);
+  EXPECT_THAT(store_->Get(DigestOf("other")), StatusCodeIs(absl::StatusCode::kNotFound));
+  EXPECT_THAT(store_->Get("sha256:../../etc"), StatusCodeIs(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(BlobStoreTest, EmptyBlob) {
+  ASSERT_THAT(store_->Put(""), IsOk());
+  EXPECT_THAT(store_->Get(DigestOf("")), IsOkAndHolds(""));
+}
+
+// Goal: an upload that was cut goes on where it stopped, also in another process.
+TEST_F(BlobStoreTest, TornUploadIsResumed) {
+  const std::string bytes(3'000'000, 'z');
+  const std::string digest = DigestOf(bytes);
+  {
+    auto upload = store_->StartUpload(digest, bytes.size(), 0);
+    ASSERT_THAT(upload, IsOk());
+    ASSERT_THAT((*upload)->Write(0, bytes.substr(0, 1'234'567)), IsOk());
+  }
+  Reopen();
+  EXPECT_FALSE(store_->Contains(digest));
+  EXPECT_EQ(store_->PartialSize(digest), 1'234'567);
+  EXPECT_THAT(store_->StartUpload(digest, bytes.size(), 0), StatusIs(absl::StatusCode::kOutOfRange, HasSubstr("1234567")));
+  auto upload = store_->StartUpload(digest, bytes.size(), 1'234'567);
+  ASSERT_THAT(upload, IsOk());
+  EXPECT_THAT((*upload)->Finish(), StatusCodeIs(absl::StatusCode::kOutOfRange));  // too early
+  ASSERT_THAT((*upload)->Write(1'234'567, bytes.substr(1'234'567)), IsOk());
+  ASSERT_THAT((*upload)->Finish(), IsOk());
+  EXPECT_EQ(store_->PartialSize(digest), 0);
+  EXPECT_THAT(store_->Get(digest), IsOkAndHolds(bytes));
+}
+
+// Goal: bytes that are not what they are called never become a blob.
+TEST_F(BlobStoreTest, WrongBytesAreDropped) {
+  const std::string digest = DigestOf("right");
+  auto upload = store_->StartUpload(digest, 5, 0);
+  ASSERT_THAT((*upload)->Write(0, "wrong"), IsOk());
+  EXPECT_THAT((*upload)->Finish(), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(DigestOf("wrong"))));
+  EXPECT_FALSE(store_->Contains(digest));
+  EXPECT_EQ(store_->PartialSize(digest), 0);
+}
+
+// Goal: when the torn part is what is wrong, the sender is told to start again rather than that its bytes are bad.
+TEST_F(BlobStoreTest, DamagedPartialUploadStartsAgain) {
+  const std::string digest = DigestOf("right");
+  ASSERT_THAT((*store_->StartUpload(digest, 5, 0))->Write(0, "wr"), IsOk());
+  {
+    auto upload = store_->StartUpload(digest, 5, 2);
+    ASSERT_THAT((*upload)->Write(2, "ght"), IsOk());
+    EXPECT_THAT((*upload)->Finish(), StatusCodeIs(absl::StatusCode::kAborted));
+  }
+  ASSERT_THAT((*store_->StartUpload(digest, 5, 0))->Write(0, "xx"), IsOk());
+  EXPECT_THAT(store_->Put("right"), IsOk());  // a torn file does not stand in the way of our own blobs either
+}
+
+TEST_F(BlobStoreTest, MoreBytesThanAnnouncedAreRefused) {
+  auto upload = store_->StartUpload(DigestOf("abc"), 3, 0);
+  EXPECT_THAT((*upload)->Write(0, "abcd"), StatusCodeIs(absl::StatusCode::kOutOfRange));
+  EXPECT_THAT((*upload)->Write(1, "b"), StatusCodeIs(absl::StatusCode::kOutOfRange));
+}
+
+// Goal: a dead connection's upload cannot block the next one.
+TEST_F(BlobStoreTest, LaterUploadTakesOver) {
+  const std::string digest = DigestOf("abcdef");
+  auto first = store_->StartUpload(digest, 6, 0);
+  ASSERT_THAT((*first)->Write(0, "abc"), IsOk());
+  auto second = store_->StartUpload(digest, 6, 3);
+  ASSERT_THAT(second, IsOk());
+  EXPECT_THAT((*first)->Write(3, "def"), StatusCodeIs(absl::StatusCode::kAborted));
+  ASSERT_THAT((*second)->Write(3, "def"), IsOk());
+  ASSERT_THAT((*second)->Finish(), IsOk());
+  EXPECT_THAT(store_->Get(digest), IsOkAndHolds("abcdef"));
+}
+
+// Goal: a flipped bit on disk is noticed when the blob is read, and the blob then counts as missing.
+TEST_F(BlobStoreTest, DamageIsFoundOnRead) {
+  const std::string digest = *store_->Put("some bytes");
+  std::filesystem::permissions(BlobFile(digest), std::filesystem::perms::owner_all);
+  std::fstream(BlobFile(digest), std::ios::in | std::ios::out) << 'S';
+  EXPECT_THAT(store_->Get(digest), StatusCodeIs(absl::StatusCode::kDataLoss));
+  EXPECT_FALSE(store_->Contains(digest));
+  ASSERT_THAT(store_->Put("some bytes"), IsOk());
+  EXPECT_THAT(store_->Get(digest), IsOkAndHolds("some bytes"));
+}
+
+TEST_F(BlobStoreTest, ReaderStartsAnywhere) {
+  const std::string digest = *store_->Put("0123456789");
+  auto reader = store_->OpenReader(digest, 7);
+  ASSERT_THAT(reader, IsOk());
+  EXPECT_THAT((*reader)->Read(2), IsOkAndHolds("78"));
+  EXPECT_THAT((*reader)->Read(2), IsOkAndHolds("9"));
+  EXPECT_THAT((*reader)->Read(2), IsOkAndHolds(""));
+  EXPECT_THAT(store_->OpenReader(digest, 11), StatusCodeIs(absl::StatusCode::kOutOfRange));
+}
+
+TEST_F(BlobStoreTest, ArtifactIsCompleteOnlyWithAllItsFiles) {
+  const auto ref = PutArtifact(*store_, "report", {{"b.txt", "two"}, {"a/a.txt", "one1"}});
+  ASSERT_THAT(ref, IsOk());
+  EXPECT_EQ(ref->size(), 7);
+  EXPECT_THAT(CheckComplete(*store_, ref->digest()), IsOkAndHolds(7u));
+  EXPECT_THAT(ReadArtifactFile(*store_, ref->digest(), "b.txt"), IsOkAndHolds("two"));
+  EXPECT_THAT(ReadArtifactFile(*store_, ref->digest(), "c"), StatusCodeIs(absl::StatusCode::kNotFound));
+  std::filesystem::remove(BlobFile(DigestOf("two")));
+  EXPECT_THAT(CheckComplete(*store_, ref->digest()), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("b.txt")));
+  EXPECT_THAT(CheckComplete(*store_, DigestOf("x")), StatusCodeIs(absl::StatusCode::kFailedPrecondition));
+  EXPECT_THAT(CheckComplete(*store_, DigestOf("one1")), StatusCodeIs(absl::StatusCode::kDataLoss));
+}
+
+// Goal: repeated and overlapping parts of a log are stored once, gaps are visible, and a restart goes on.
+TEST(AttemptLogsTest, KeepsEachByteOnce) {
+  TempFolder folder;
+  {
+    AttemptLogs logs(folder.path());
+    ASSERT_THAT(logs.Append("j", "trial/0/replicate/1", 2, 0, "hello "), IsOk());
+    ASSERT_THAT(logs.Append("j", "trial/0/replicate/1", 2, 0, "hello "), IsOk());
+    ASSERT_THAT(logs.Append("j", "trial/0/replicate/1", 2, 3, "lo world\n"), IsOk());
+  }
+  AttemptLogs logs(folder.path());
+  const auto list = logs.List("j");
+  ASSERT_EQ(list.size(), 1);
+  EXPECT_EQ(list[0].path, "trial/0/replicate/1");
+  EXPECT_EQ(list[0].attempt, 2);
+  EXPECT_THAT(logs.Read("j", list[0].path, 2, 0, 100), IsOkAndHolds("hello world\n"));
+  ASSERT_THAT(logs.Append("j", list[0].path, 2, 100, "end\n"), IsOk());
+  const auto text = logs.Read("j", list[0].path, 2, 12, 1000);
+  ASSERT_THAT(text, IsOk());
+  EXPECT_EQ(text->size(), 100 - 12 + 4);
+  EXPECT_THAT(*text, HasSubstr("88 bytes of the log are missing"));
+  EXPECT_TRUE(text->ends_with("\nend\n"));
+  EXPECT_THAT(logs.Read("j", "nothing", 1, 0, 10), IsOkAndHolds(""));
+}
+
+}  // namespace
+}  // namespace refinery::store

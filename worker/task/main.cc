@@ -6,6 +6,7 @@
 // Standard output carries one TaskEvent (JSON) a line, standard error the log. Exit codes: 0 done, 1 the task failed (the last
 // event says why), 2 wrong usage.
 
+#include <malloc.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -26,6 +27,14 @@ void DieWithParent(int parent_pid) {
   if (getppid() != parent_pid) std::exit(1);  // it died before prctl
 }
 
+// Tensors of a few megabytes come and go at every step: keep their pages instead of asking the kernel for zeroed ones each time
+// (about a tenth of a training step).
+void KeepFreedPages() {
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  mallopt(M_TOP_PAD, 64 << 20);
+}
+
 int Fail(const absl::Status& status) {
   std::fprintf(stderr, "refinery-task: %s\n", refinery::Message(status).c_str());
   return 2;
@@ -34,6 +43,7 @@ int Fail(const absl::Status& status) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  KeepFreedPages();
   CLI::App app{"Runs one Refinery task."};
   app.set_version_flag("--version", REFINERY_VERSION);
   refinery::task::StartOptions start;

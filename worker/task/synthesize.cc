@@ -27,12 +27,14 @@ struct Writer {
   std::vector<data::Example> seeds;
   uint64_t tokens_generated = 0;
 
-  StatusOr<generate::Request> MakeRequest(const std::string& prompt, const std::string& stop, int64_t max_new_tokens, uint64_t seed) {
+  // temperature 0 = the likeliest text.
+  StatusOr<generate::Request> MakeRequest(const std::string& prompt, const std::string& stop, int64_t max_new_tokens, uint64_t seed,
+                                          double temperature) {
     RF_ASSIGN_OR_RETURN(std::vector<int32_t> ids, tokenizer.Encode(prompt));
     RF_ASSIGN_OR_RETURN(std::vector<int32_t> stop_ids, tokenizer.Encode(stop, /*add_special_tokens=*/false));
     return generate::Request{.prompt = std::move(ids),
                              .max_new_tokens = max_new_tokens,
-                             .sampling = {.temperature = spec.temperature, .top_p = spec.top_p},
+                             .sampling = {.temperature = temperature, .top_p = spec.top_p},
                              .seed = seed,
                              .end_ids = tokenizer.end_ids(),
                              .stop_sequences = {std::move(stop_ids)}};
@@ -72,7 +74,8 @@ StatusOr<std::vector<std::string>> MakeTopics(Writer& writer, uint64_t seed) {
   int64_t prompts = (writer.spec.topics + kTopicsPerPrompt - 1) / kTopicsPerPrompt;
   for (int64_t i = 0; i < prompts; ++i) {
     std::string prompt = data::TopicsPrompt(writer.format, seed, static_cast<size_t>(i));
-    RF_ASSIGN_OR_RETURN(generate::Request request, writer.MakeRequest(prompt, "\n\n", kTopicTokens, DeriveSeed(seed, Join("topics/", i))));
+    RF_ASSIGN_OR_RETURN(generate::Request request, writer.MakeRequest(prompt, "\n\n", kTopicTokens,
+                                                                      DeriveSeed(seed, Join("topics/", i)), writer.spec.temperature));
     requests.push_back(std::move(request));
   }
   RF_ASSIGN_OR_RETURN(auto texts, writer.Run(requests, "topics"));
@@ -81,7 +84,7 @@ StatusOr<std::vector<std::string>> MakeTopics(Writer& writer, uint64_t seed) {
   return topics;
 }
 
-// Questions first, all at once; then the answers to those that may be used.
+// Questions first, all at once, sampled for variety; then the likeliest answer to each that may be used.
 StatusOr<std::vector<data::Example>> MakeExamples(Writer& writer, const std::vector<std::string>& topics, uint64_t seed) {
   const SynthesizeSpec& spec = writer.spec;
   data::PlanSettings settings{.seed = seed, .few_shot = static_cast<size_t>(spec.few_shot)};
@@ -91,7 +94,7 @@ StatusOr<std::vector<data::Example>> MakeExamples(Writer& writer, const std::vec
   for (int64_t index = spec.shard; index < spec.examples; index += spec.shards) {
     plans.push_back(data::PlanQuestion(writer.format, writer.seeds, seed_topics, topics, static_cast<size_t>(index), settings));
     RF_ASSIGN_OR_RETURN(generate::Request request, writer.MakeRequest(plans.back().prompt, data::QuestionStop(writer.format),
-                                                                      spec.max_new_tokens, plans.back().question_seed));
+                                                                      spec.max_new_tokens, plans.back().question_seed, spec.temperature));
     requests.push_back(std::move(request));
   }
   RF_ASSIGN_OR_RETURN(auto questions, writer.Run(requests, "questions"));
@@ -105,7 +108,7 @@ StatusOr<std::vector<data::Example>> MakeExamples(Writer& writer, const std::vec
     if (!parsed.back().ok()) continue;
     RF_ASSIGN_OR_RETURN(generate::Request request,
                         writer.MakeRequest(data::AnswerPrompt(writer.format, shots, parsed.back().text), data::AnswerStop(),
-                                           spec.max_new_tokens, plans[i].answer_seed));
+                                           spec.max_new_tokens, plans[i].answer_seed, /*temperature=*/0));
     requests.push_back(std::move(request));
     asked.push_back(i);
   }

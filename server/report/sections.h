@@ -1,0 +1,29 @@
+// server/report/sections.h
+//
+// The parts of a report besides the variants: trials, data, notes, times.
+
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "refinery/v1/events.pb.h"
+#include "refinery/v1/job_service.pb.h"
+#include "server/report/document.h"
+
+namespace refinery::report {
+
+Table TrialRows(const v1::Job& job);
+// `summary` is curate's summary.json: an object of counts; empty when it is none.
+Table DataRows(const std::string& summary);
+// Equal notes are one row with their count.
+Table NoteRows(const std::vector<v1::Event>& notes);
+// Tasks that failed for good.
+Table FailureRows(const v1::Job& job);
+Table KindTimeRows(const v1::Job& job);
+Table TaskTimeRows(const v1::Job& job);
+
+// "SYNTHESIZE" -> "synthesize".
+std::string KindName(v1::TaskKind kind);
+
+}  // namespace refinery::report

@@ -178,7 +178,7 @@ std::string ToText(const Table& table) {
     std::string row;
     for (size_t i = 0; i < line.size() && i < widths.size(); ++i) {
       const std::string space(widths[i] - Width(line[i]), ' ');
-      row += (i == 0 ? "" : "   ") + (IsRight(table, i) ? space + OneLine(line[i]) : OneLine(line[i]) + space);
+      row += (i == 0 ? "" : "  ") + (IsRight(table, i) ? space + OneLine(line[i]) : OneLine(line[i]) + space);
     }
     row.erase(row.find_last_not_of(' ') + 1);
     text += row + "\n";

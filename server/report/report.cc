@@ -38,7 +38,7 @@ void AddSummary(const v1::Job& job, Document* document) {
   document->Heading("Results");
   document->Add(SummaryRows(job));
   document->Paragraph(
-      "KL to teacher, perplexity and answers right: on the held-out examples, which were used neither for training nor for "
+      "KL: from the teacher to the model, per token. KL, perplexity and answers right: on the held-out examples, which were used neither for training nor for "
       "choosing. Values are mean ± standard error over items; it does not hold the spread between training seeds, which the "
       "trials below show. Seeds: training runs behind a number, out of those of the chosen trial; the one with the lowest "
       "validation loss was taken. Size: weights as stored, 1 MB = 1,000,000 bytes. Time per token: on the worker that ran the "

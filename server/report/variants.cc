@@ -68,7 +68,7 @@ const Variant* FindVariant(const std::vector<Variant>& variants, const std::stri
 }
 
 Table SummaryRows(const v1::Job& job) {
-  Table table{.header = {"variant", "KL to teacher [nats]", "perplexity", "answers right"}, .right = {false, true, true, true}};
+  Table table{.header = {"variant", "KL [nats]", "perplexity", "answers right"}, .right = {false, true, true, true}};
   for (const v1::Benchmark& benchmark : job.recipe().evaluate().benchmarks()) table.header.push_back(benchmark.name() + " acc");
   for (const char* column : {"size", "ms/token", "seeds"}) table.header.push_back(column);
   table.right.resize(table.header.size(), true);

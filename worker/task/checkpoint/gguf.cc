@@ -168,7 +168,8 @@ StatusOr<GgufTensor> ReadTensorFacts(Cursor& cursor) {
   RF_ASSIGN_OR_RETURN(tensor.begin, cursor.Read<uint64_t>(where));
   uint64_t bytes = elements / static_cast<uint64_t>(tensor.type->block_size) *
                    static_cast<uint64_t>(tensor.type->block_bytes);
-  if (__builtin_add_overflow(tensor.begin, bytes, &tensor.end)) return cursor.Corrupt(where, " has an impossible offset");
+  if (__builtin_add_overflow(tensor.begin, bytes, &tensor.end))
+    return cursor.Corrupt(where, " has an impossible offset");
   return tensor;
 }
 

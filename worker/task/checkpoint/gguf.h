@@ -1,13 +1,13 @@
 // worker/task/checkpoint/gguf.h
 //
-// GGUF files (llama.cpp's model format), memory-mapped, versions 2 and 3, little-endian. Every length, count and offset is
-// checked before it is used.
+// GGUF files (llama.cpp's model format), memory-mapped, versions 2 and 3, little-endian. Every length, count and
+// offset is checked before it is used.
 //
-// Source: ggml's docs/gguf.md. Layout: "GGUF", version, tensor count, metadata count; metadata (key, type, value); tensor facts
-// (name, dimensions with the fastest first, type, offset); padding to general.alignment; data.
+// Source: ggml's docs/gguf.md. Layout: "GGUF", version, tensor count, metadata count; metadata (key, type, value);
+// tensor facts (name, dimensions with the fastest first, type, offset); padding to general.alignment; data.
 // Shapes here are in torch order (slowest dimension first).
-// Errors: NOT_FOUND, DATA_LOSS for corrupt bytes, INVALID_ARGUMENT for what this version of Refinery does not read; each
-// names the file.  Threads: const methods are thread-safe.
+// Errors: NOT_FOUND, DATA_LOSS for corrupt bytes, INVALID_ARGUMENT for what this version of Refinery does not read;
+// each names the file.  Threads: const methods are thread-safe.
 
 #pragma once
 

@@ -34,8 +34,8 @@ void FromBf16(const uint8_t* in, int64_t count, float* out) {
   }
 }
 
-// Q4 and Q5 blocks hold 32 values: the low nibbles are elements 0-15, the high nibbles 16-31; Q5 keeps the fifth bits in one
-// word. The *_0 forms subtract a constant, the *_1 forms add a minimum.
+// Q4 and Q5 blocks hold 32 values: the low nibbles are elements 0-15, the high nibbles 16-31; Q5 keeps the fifth bits
+// in one word. The *_0 forms subtract a constant, the *_1 forms add a minimum.
 template <bool kFifthBit, bool kHasMinimum>
 void FromQ4Q5(const uint8_t* in, int64_t count, float* out) {
   constexpr int kHeader = kHasMinimum ? 4 : 2;

@@ -2,8 +2,9 @@
 //
 // The block formats of ggml and their exact values in float32.
 //
-// Source: ggml/src/ggml-quants.c and ggml-common.h (the block layouts); bit-equal to gguf-py 0.19 (gguf/quants.py), which the
-// vectors in tests/vectors/gguf come from. Products and differences are rounded one by one: no fused multiply-add.
+// Source: ggml/src/ggml-quants.c and ggml-common.h (the block layouts); bit-equal to gguf-py 0.19 (gguf/quants.py),
+// which the vectors in tests/vectors/gguf come from. Products and differences are rounded one by one: no fused
+// multiply-add.
 
 #pragma once
 

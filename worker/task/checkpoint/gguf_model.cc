@@ -32,8 +32,8 @@ constexpr Architecture kArchitectures[] = {
     {"qwen3", "qwen3", "Qwen3ForCausalLM", false},
 };
 
-// GGUF stores floats in 32 bits: 1e-5 reads as 9.99999974e-06. The shortest decimal that rounds to the same float is what
-// the model's author wrote.
+// GGUF stores floats in 32 bits: 1e-5 reads as 9.99999974e-06. The shortest decimal that rounds to the same float is
+// what the model's author wrote.
 double ShortestDecimal(double value) {
   char text[64];
   auto written = std::to_chars(text, text + sizeof(text), static_cast<float>(value));
@@ -157,7 +157,8 @@ class Describer {
     for (int64_t layer = 0; layer < layers_; ++layer) RF_RETURN_IF_ERROR(MapLayer(layer));
     size_t extra = file_.Find("rope_freqs.weight") != nullptr ? 1 : 0;
     if (file_.tensors().size() != mapped_ + extra) return UnknownTensor();
-    bool qkv_bias = file_.Find("blk.0.attn_q.bias") != nullptr, o_bias = file_.Find("blk.0.attn_output.bias") != nullptr;
+    bool qkv_bias = file_.Find("blk.0.attn_q.bias") != nullptr;
+    bool o_bias = file_.Find("blk.0.attn_output.bias") != nullptr;
     bool qk_norm = file_.Find("blk.0.attn_q_norm.weight") != nullptr;
     std::string_view kind = architecture_->gguf;
     if ((kind == "llama" && qkv_bias != o_bias) || (kind == "qwen2" && (!qkv_bias || o_bias)) ||
@@ -176,7 +177,8 @@ class Describer {
     return Internal("tensors of ", name_, " were counted wrongly");
   }
 
-  // Tied when there is one matrix, or when the two are the same up to the error of quantization (then the finer one counts).
+  // Tied when there is one matrix, or when the two are the same up to the error of quantization (then the finer one
+  // counts).
   Status DecideTying() {
     auto head = model_.weights.find("lm_head.weight");
     tied_ = head == model_.weights.end();

@@ -1,10 +1,13 @@
 // worker/task/checkpoint/gguf_model.h
 //
-// A GGUF model as a Hugging Face folder: config.json, generation_config.json, model.safetensors in bf16, tokenizer files.
+// A GGUF model as a Hugging Face folder: config.json, generation_config.json, model.safetensors in bf16, tokenizer
+// files.
 //
-// Weights are dequantized in float32 and rounded to bf16 once, a part at a time: memory stays small whatever the model's size.
-// Llama files store the rows of Q and K interleaved for ggml's rotary embedding; the rows are put back into Hugging Face's
-// order. A file without output.weight, or with one that is only another quantization of the embedding, has tied embeddings.
+// Weights are dequantized in float32 and rounded to bf16 once, a part at a time: memory stays small whatever the
+// model's size.
+// Llama files store the rows of Q and K interleaved for ggml's rotary embedding; the rows are put back into Hugging
+// Face's order. A file without output.weight, or with one that is only another quantization of the embedding, has
+// tied embeddings.
 // Source: llama.cpp's convert_hf_to_gguf.py and gguf-py's constants.py (names and their meaning).
 // Errors: INVALID_ARGUMENT for an unknown architecture or feature, DATA_LOSS for corrupt files; all name the file.
 

@@ -16,7 +16,8 @@ enum TokenType : int64_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined
 
 // The regular expressions of the models' own tokenizer.json files.
 constexpr char kLlama3Pattern[] =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*)"
+    R"(|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr char kQwen2Pattern[] =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
@@ -66,8 +67,8 @@ class Vocabulary {
     std::string_view model = file.String("tokenizer.ggml.model").value_or("");
     if (model != "gpt2")
       return InvalidArgument(name, ": the tokenizer kind \"", model,
-                             "\" is not supported in GGUF files (byte-level BPE, \"gpt2\", is); use the model's Hugging "
-                             "Face folder instead");
+                             "\" is not supported in GGUF files (byte-level BPE, \"gpt2\", is); use the model's "
+                             "Hugging Face folder instead");
     std::string_view pre = file.String("tokenizer.ggml.pre").value_or("default");
     std::optional<Family> family = FamilyOf(pre);
     if (!family)
@@ -131,7 +132,7 @@ StatusOr<json> BpeModel(const Vocabulary& vocabulary) {
   }
   return json{{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr}, {"continuing_subword_prefix", nullptr},
               {"end_of_word_suffix", nullptr}, {"fuse_unk", false}, {"byte_fallback", false},
-              // Llama 3 takes a whole word that is in the vocabulary as it stands, also where merges would not reach it.
+              // Llama 3 takes a word that is in the vocabulary as it stands, also where no merges reach it.
               {"ignore_merges", vocabulary.family == Family::kLlama3}, {"vocab", ids}, {"merges", merges}};
 }
 

@@ -2,9 +2,9 @@
 //
 // tokenizer.json and tokenizer_config.json rebuilt from the vocabulary inside a GGUF file.
 //
-// Byte-level BPE only (tokenizer.ggml.model "gpt2") with the pre-tokenizers of GPT-2, SmolLM, Qwen2 and Llama 3: then the
-// result splits and merges exactly as the model's own Hugging Face tokenizer. Token ids are those of the GGUF file. Tokens
-// that only fill the embedding up (type "unused") are left out, as in the original files.
+// Byte-level BPE only (tokenizer.ggml.model "gpt2") with the pre-tokenizers of GPT-2, SmolLM, Qwen2 and Llama 3: then
+// the result splits and merges exactly as the model's own Hugging Face tokenizer. Token ids are those of the GGUF
+// file. Tokens that only fill the embedding up (type "unused") are left out, as in the original files.
 // Source: llama.cpp's convert_hf_to_gguf.py (what the fields mean), the tokenizer.json files of the named models.
 // Errors: INVALID_ARGUMENT for other tokenizers, DATA_LOSS for contradictory vocabularies; both name the file.
 

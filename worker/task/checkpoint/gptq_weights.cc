@@ -7,8 +7,8 @@
 namespace refinery::checkpoint {
 namespace {
 
-// Field `index` of a little-endian bit stream whose consecutive words are `stride` apart. Fields of 2, 4 and 8 bits never
-// cross a word; those of 3 bits may.
+// Field `index` of a little-endian bit stream whose consecutive words are `stride` apart. Fields of 2, 4 and 8 bits
+// never cross a word; those of 3 bits may.
 uint32_t Field(const uint32_t* words, int64_t stride, int64_t index, int64_t bits) {
   int64_t bit = index * bits;
   int64_t word = bit / 32, shift = bit % 32;

@@ -2,9 +2,10 @@
 //
 // Weights of a GPTQ checkpoint (qweight, qzeros, scales, g_idx of one linear layer) back to float32.
 //
-// Source: the layout that AutoGPTQ began and GPTQModel, vLLM and transformers read. qweight [in*bits/32, out] int32 packs codes
-// along `in`, qzeros [groups, out*bits/32] int32 packs zero points along `out`, least significant bits first; 3-bit codes
-// form a dense stream of 32 values in 3 words. "gptq" (v1) stores the zero point minus one, "gptq_v2" the zero point.
+// Source: the layout that AutoGPTQ began and GPTQModel, vLLM and transformers read. qweight [in*bits/32, out] int32
+// packs codes along `in`, qzeros [groups, out*bits/32] int32 packs zero points along `out`, least significant bits
+// first; 3-bit codes form a dense stream of 32 values in 3 words. "gptq" (v1) stores the zero point minus one,
+// "gptq_v2" the zero point.
 // Shapes: scales [groups, out] float16, g_idx [in] int32, result [out, in] float32 = scale * (code - zero).
 // Errors: DATA_LOSS when shapes or group indices contradict each other.
 

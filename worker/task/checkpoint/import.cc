@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <ctime>
 #include <optional>
 #include <vector>
 
@@ -28,6 +29,7 @@ namespace fs = std::filesystem;
 constexpr char kImporterVersion[] = "v1";
 constexpr char kFactsFile[] = "import.json";
 constexpr uint64_t kMaxFactsBytes = 1 << 20;
+constexpr int64_t kSettledSeconds = 3;
 constexpr size_t kDigestPrefix = sizeof("sha256:") - 1;
 constexpr const char* kArchitectures[] = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
                                           "Qwen3ForCausalLM"};
@@ -37,22 +39,30 @@ fs::path PathOf(const std::string& uri) {
   return uri.rfind(kScheme, 0) == 0 ? fs::path(uri.substr(kScheme.size())) : fs::path(uri);
 }
 
-// The digest of a large file, remembered in the cache together with the file's size, inode and time of change: models are
-// named again by every task of a job.
+std::string TimeText(const struct timespec& time) {
+  return Join(static_cast<int64_t>(time.tv_sec), ".", static_cast<int64_t>(time.tv_nsec));
+}
+
+// The digest of a large file, remembered in the cache together with the file's size, inode and times of change:
+// models are named again by every task of a job.
 StatusOr<std::string> RememberedDigest(const fs::path& path, const fs::path& cache) {
   std::error_code error;
   fs::path absolute = fs::absolute(path, error);
   struct stat facts {};
   if (error || ::stat(absolute.c_str(), &facts) != 0) return NotFound("no such file: ", path.string());
   std::string state = Join(static_cast<uint64_t>(facts.st_size), " ", static_cast<uint64_t>(facts.st_ino), " ",
-                           static_cast<int64_t>(facts.st_mtim.tv_sec), ".", static_cast<int64_t>(facts.st_mtim.tv_nsec));
+                           TimeText(facts.st_mtim), " ", TimeText(facts.st_ctim));
   fs::path note = cache / "digests" / DigestOf(absolute.string()).substr(kDigestPrefix);
   StatusOr<std::string> known = ReadFile(note, kMaxFactsBytes);
   if (known.ok() && known->size() > state.size() && known->compare(0, state.size(), state) == 0) {
     std::string digest = known->substr(state.size() + 1);
     if (IsDigest(digest)) return digest;
   }
+  struct timespec now {};
+  ::clock_gettime(CLOCK_REALTIME, &now);
   RF_ASSIGN_OR_RETURN(std::string digest, DigestOfFile(absolute));
+  // A file that changed a moment ago may change again within the same tick of the file system's clock.
+  if (now.tv_sec - facts.st_ctim.tv_sec < kSettledSeconds) return digest;
   // Only a saving of time: a cache that cannot be written costs a hash per task, no more.
   WriteFileAtomically(note, Join(state, " ", digest)).IgnoreError();
   return digest;
@@ -81,7 +91,8 @@ StatusOr<ModelRef> DescribeFolder(const fs::path& folder, const std::optional<fs
   std::string known;
   for (const char* name : kArchitectures) known += Join(known.empty() ? "" : ", ", name);
   if (std::find(std::begin(kArchitectures), std::end(kArchitectures), ref.architecture) == std::end(kArchitectures))
-    return InvalidArgument(config_file, ": the architecture ", ref.architecture, " is not supported (known: ", known, ")");
+    return InvalidArgument(config_file, ": the architecture ", ref.architecture, " is not supported (known: ", known,
+                           ")");
   json vocab_size = model->config().value("vocab_size", json());
   if (!vocab_size.is_number_unsigned()) return InvalidArgument(config_file, ": vocab_size is missing");
   ref.vocab_size = vocab_size.get<uint64_t>();

@@ -93,7 +93,8 @@ Status ModelFolder::ReadQuantization() {
     return InvalidArgument(file, ": quant_method ", method.dump(), " is not supported; \"gptq\" is");
   json kind = q.value("checkpoint_format", json("gptq"));
   if (kind != "gptq" && kind != "gptq_v2")
-    return InvalidArgument(file, ": checkpoint_format ", kind.dump(), " is not supported; \"gptq\" and \"gptq_v2\" are");
+    return InvalidArgument(file, ": checkpoint_format ", kind.dump(),
+                           " is not supported; \"gptq\" and \"gptq_v2\" are");
   json bits = q.value("bits", json()), group_size = q.value("group_size", json());
   if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
     return InvalidArgument(file, ": quantization_config.bits is ", bits.dump(), "; 2, 3, 4 and 8 are supported");

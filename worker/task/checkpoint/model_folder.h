@@ -1,8 +1,8 @@
 // worker/task/checkpoint/model_folder.h
 //
-// A Hugging Face model folder: config.json, tokenizer.json, tokenizer_config.json, and weights in model.safetensors or in
-// shards named by model.safetensors.index.json. This is also Refinery's internal form of a model: `import_model` turns a
-// GGUF file into such a folder in the worker's model cache (see import.h).
+// A Hugging Face model folder: config.json, tokenizer.json, tokenizer_config.json, and weights in model.safetensors
+// or in shards named by model.safetensors.index.json. This is also Refinery's internal form of a model:
+// `import_model` turns a GGUF file into such a folder in the worker's model cache (see import.h).
 //
 // A folder with `quantization_config.quant_method == "gptq"` (v1 or v2, 2/3/4/8 bit) also opens: Get("<prefix>.weight")
 // returns the dequantized weight in float32, so that an exported artifact can be evaluated.

@@ -30,8 +30,8 @@ struct PeftAdapter {
   double scale() const { return lora_alpha / static_cast<double>(rank); }
 };
 
-// Errors: NOT_FOUND, DATA_LOSS; INVALID_ARGUMENT for what goes beyond plain LoRA (DoRA, biases, rank patterns). An rsLoRA
-// adapter loads with the lora_alpha that gives the same scale.
+// Errors: NOT_FOUND, DATA_LOSS; INVALID_ARGUMENT for what goes beyond plain LoRA (DoRA, biases, rank patterns). An
+// rsLoRA adapter loads with the lora_alpha that gives the same scale.
 StatusOr<PeftAdapter> LoadPeftAdapter(const std::filesystem::path& folder);
 // The content of adapter_config.json: the keys that every release of PEFT understands.
 nlohmann::json PeftAdapterConfig(const PeftAdapter& adapter);

@@ -39,13 +39,15 @@ StatusOr<TensorInfo> ParseEntry(const json& entry, const std::string& where, uin
   if (!known) return InvalidArgument(where, ": dtype ", dtype->get<std::string>(), " is not supported");
   info.dtype = *known;
   if (shape->size() > kMaxRank) return DataLoss(where, ": ", shape->size(), " dimensions");
-  uint64_t bytes = c10::elementSize(info.dtype);
+  uint64_t bytes = c10::elementSize(info.dtype), span = bytes;
   for (const json& size : *shape) {
     if (!size.is_number_unsigned()) return DataLoss(where, ": a dimension is not a whole number");
     uint64_t value = size.get<uint64_t>();
-    // A zero anywhere empties the tensor, but no dimension may exceed what an int64 holds.
-    if (value > uint64_t{INT64_MAX} || __builtin_mul_overflow(bytes, value, &bytes) || bytes > uint64_t{INT64_MAX})
+    // A zero anywhere empties the tensor; its strides, computed as if it were a one, must fit an int64 all the same.
+    if (value > uint64_t{INT64_MAX} || __builtin_mul_overflow(span, std::max<uint64_t>(value, 1), &span) ||
+        span > uint64_t{INT64_MAX})
       return DataLoss(where, ": the shape overflows");
+    bytes *= value;
     info.shape.push_back(static_cast<int64_t>(value));
   }
   uint64_t begin = (*offsets)[0].get<uint64_t>(), end = (*offsets)[1].get<uint64_t>();

@@ -2,8 +2,9 @@
 //
 // The safetensors container: memory-mapped reading with every offset checked, atomic writing.
 //
-// Source: huggingface/safetensors format description: u64 little-endian header length, JSON header {name: {dtype, shape,
-// data_offsets}, "__metadata__": {string: string}}, then the bytes.  Dtypes: F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL.
+// Source: huggingface/safetensors format description: u64 little-endian header length, JSON header {name: {dtype,
+// shape, data_offsets}, "__metadata__": {string: string}}, then the bytes.  Dtypes: F64 F32 F16 BF16 I64 I32 I16 I8
+// U8 BOOL.
 // Errors: NOT_FOUND, DATA_LOSS naming the file and the tensor.  Threads: reading is const and thread-safe.
 
 #pragma once
@@ -37,8 +38,8 @@ class SafetensorsFile {
 
   const std::map<std::string, TensorInfo>& tensors() const { return tensors_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  // A CPU tensor over the mapped bytes (read-only by convention; it keeps the mapping alive). Copied when not aligned for
-  // its dtype. NOT_FOUND when the name is unknown.
+  // A CPU tensor over the mapped bytes (read-only by convention; it keeps the mapping alive). Copied when not aligned
+  // for its dtype. NOT_FOUND when the name is unknown.
   StatusOr<at::Tensor> Get(const std::string& name) const;
 
  private:
@@ -50,8 +51,8 @@ class SafetensorsFile {
   std::map<std::string, std::string> metadata_;
 };
 
-// Writes tensors in the order of their names; the data section starts at a multiple of 64 bytes, so that mapped tensors are
-// aligned. The same tensors give the same bytes. Atomic.
+// Writes tensors in the order of their names; the data section starts at a multiple of 64 bytes, so that mapped
+// tensors are aligned. The same tensors give the same bytes. Atomic.
 Status WriteSafetensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors,
                         const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
 

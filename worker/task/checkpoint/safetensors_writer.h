@@ -1,7 +1,7 @@
 // worker/task/checkpoint/safetensors_writer.h
 //
-// Writes a safetensors file tensor by tensor, so that a model larger than memory can be converted. The layout is fixed from
-// names, dtypes and shapes before the first byte of data; the data section starts at a multiple of 64 bytes.
+// Writes a safetensors file tensor by tensor, so that a model larger than memory can be converted. The layout is
+// fixed from names, dtypes and shapes before the first byte of data; the data section starts at a multiple of 64 bytes.
 //
 //   RF_ASSIGN_OR_RETURN(auto writer, SafetensorsWriter::Create(path, specs, metadata));
 //   for (name in order of names) RF_RETURN_IF_ERROR(writer->Append(bytes of the tensor));

@@ -15,7 +15,10 @@ inline bool IsUtf8(std::string_view text) {
   while (i < text.size()) {
     auto first = static_cast<unsigned char>(text[i++]);
     if (first < 0x80) continue;
-    int more = first >= 0xC2 && first <= 0xDF ? 1 : first >= 0xE0 && first <= 0xEF ? 2 : first >= 0xF0 && first <= 0xF4 ? 3 : 0;
+    int more = 0;
+    if (first >= 0xC2 && first <= 0xDF) more = 1;
+    if (first >= 0xE0 && first <= 0xEF) more = 2;
+    if (first >= 0xF0 && first <= 0xF4) more = 3;
     if (more == 0 || text.size() - i < static_cast<size_t>(more)) return false;
     uint32_t code = first & (0x3F >> more);
     for (int k = 0; k < more; ++k) {

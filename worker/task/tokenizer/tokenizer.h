@@ -1,6 +1,7 @@
 // worker/task/tokenizer/tokenizer.h
 //
-// Hugging Face tokenizers and chat templates through the Rust bridge (worker/task/rust: crates `tokenizers`, `minijinja`).
+// Hugging Face tokenizers and chat templates through the Rust bridge (worker/task/rust: crates `tokenizers`,
+// `minijinja`).
 // Threads: const methods are thread-safe.
 
 #pragma once
@@ -25,8 +26,8 @@ struct ChatMessage {
 };
 
 struct ChatOptions {
-  // What strftime_now tells a template, in seconds since 1970 (UTC). Fixed, not the clock, so that the same messages give
-  // the same tokens on every day; 26 July 2024 is the date that Llama 3's own template falls back to.
+  // What strftime_now tells a template, in seconds since 1970 (UTC). Fixed, not the clock, so that the same messages
+  // give the same tokens on every day; 26 July 2024 is the date that Llama 3's own template falls back to.
   int64_t now_seconds = 1'721'952'000;
   // Further variables of the template, e.g. {"enable_thinking", false}; they replace those of the same name.
   std::map<std::string, nlohmann::json> variables;
@@ -40,7 +41,8 @@ class Tokenizer {
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
 
-  // Ids of `text`. With add_special_tokens the tokenizer's own post-processor runs (Llama-3 adds BOS, SmolLM2 does not).
+  // Ids of `text`. With add_special_tokens the tokenizer's own post-processor runs (Llama-3 adds BOS, SmolLM2 does
+  // not).
   StatusOr<std::vector<int32_t>> Encode(std::string_view text, bool add_special_tokens = true) const;
   StatusOr<std::string> Decode(const std::vector<int32_t>& ids, bool skip_special_tokens = true) const;
   // The chat template over `messages`. FAILED_PRECONDITION when the model has none.

@@ -6,7 +6,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehav
 use serde_json::Value as Json;
 
 /// Instructions that one rendering may use: a template from a model folder must not hang the program.
-const FUEL: u64 = 200_000_000;
+const FUEL: u64 = 20_000_000;
 const NAME: &str = "chat_template";
 /// The variable that carries the clock from `render` to `strftime_now`.
 const CLOCK: &str = "__refinery_now_seconds";
@@ -124,7 +124,8 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
         None => (if indent.is_some() { "," } else { ", " }.to_string(), ": ".to_string()),
     };
     let json = serde_json::to_value(value).map_err(failed)?;
-    let mut writer = JsonWriter { out: String::new(), indent: indent.map(|n| n.min(64)), item, key, ensure_ascii, sort_keys };
+    let indent = indent.map(|n| n.min(64));
+    let mut writer = JsonWriter { out: String::new(), indent, item, key, ensure_ascii, sort_keys };
     writer.write(&json, 0);
     Ok(Value::from_safe_string(writer.out))
 }

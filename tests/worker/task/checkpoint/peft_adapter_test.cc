@@ -1,0 +1,121 @@
+// PEFT adapters: round trip, the names that PEFT uses, refusals, and merging against float64.
+#include "worker/task/runtime/torch.h"
+//
+#include "worker/task/checkpoint/peft_adapter.h"
+
+#include "tests/support/status_matchers.h"
+#include "tests/worker/task/checkpoint/folder_fixture.h"
+#include "worker/task/checkpoint/safetensors.h"
+
+namespace refinery::checkpoint {
+namespace {
+
+using ::refinery::testing::IsOk;
+using ::refinery::testing::StatusIs;
+using ::testing::HasSubstr;
+using nlohmann::json;
+
+class PeftAdapterTest : public FolderTest {
+ protected:
+  static PeftAdapter Example() {
+    at::manual_seed(3);
+    PeftAdapter adapter{.rank = 4, .lora_alpha = 8, .base_model = "some/model"};
+    for (const char* module : {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"})
+      adapter.pairs[module] = {at::randn({4, 12}), at::randn({6, 4})};
+    return adapter;
+  }
+  // Loads Example() after a change of its adapter_config.json.
+  StatusOr<PeftAdapter> LoadWith(const char* key, const json& value) {
+    EXPECT_THAT(SavePeftAdapter(Example(), folder_), IsOk());
+    json config = json::parse(*ReadFile(folder_ / "adapter_config.json"));
+    config[key] = value;
+    Write("adapter_config.json", config.dump());
+    return LoadPeftAdapter(folder_);
+  }
+};
+
+TEST_F(PeftAdapterTest, SurvivesARoundTripUnderPeftsNames) {
+  PeftAdapter adapter = Example();
+  ASSERT_THAT(SavePeftAdapter(adapter, folder_), IsOk());
+  auto file = SafetensorsFile::Open(folder_ / "adapter_model.safetensors");
+  ASSERT_THAT(file, IsOk());
+  EXPECT_EQ((*file)->tensors().count("base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"), 1u);
+  EXPECT_EQ((*file)->metadata().at("format"), "pt");
+  json config = json::parse(*ReadFile(folder_ / "adapter_config.json"));
+  EXPECT_EQ(config["peft_type"], "LORA");
+  EXPECT_EQ(config["target_modules"], json({"q_proj"}));
+  auto loaded = LoadPeftAdapter(folder_);
+  ASSERT_THAT(loaded, IsOk());
+  EXPECT_EQ(loaded->rank, 4);
+  EXPECT_EQ(loaded->scale(), 2.0);
+  EXPECT_EQ(loaded->base_model, "some/model");
+  ASSERT_EQ(loaded->pairs.size(), 2u);
+  for (const auto& [module, pair] : adapter.pairs) {
+    EXPECT_TRUE(at::equal(loaded->pairs.at(module).a, pair.a));
+    EXPECT_TRUE(at::equal(loaded->pairs.at(module).b, pair.b));
+  }
+}
+
+// PEFT matches a bare name in every layer, so an adapter of uneven layers must name its modules in full.
+TEST_F(PeftAdapterTest, UnevenLayersNameTheirModulesInFull) {
+  PeftAdapter adapter = Example();
+  adapter.pairs["model.layers.1.self_attn.v_proj"] = {at::randn({4, 12}), at::randn({6, 4})};
+  EXPECT_EQ(PeftAdapterConfig(adapter)["target_modules"],
+            json({"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
+                  "model.layers.1.self_attn.v_proj"}));
+}
+
+TEST_F(PeftAdapterTest, RsLoraKeepsItsScale) {
+  auto adapter = LoadWith("use_rslora", true);
+  ASSERT_THAT(adapter, IsOk());
+  EXPECT_DOUBLE_EQ(adapter->scale(), 8 / std::sqrt(4.0));
+}
+
+TEST_F(PeftAdapterTest, RefusesWhatIsNotPlainLora) {
+  const std::map<const char*, json> changes = {{"use_dora", true}, {"bias", "all"}, {"peft_type", "IA3"},
+                                               {"rank_pattern", {{"q_proj", 2}}}, {"modules_to_save", {"lm_head"}},
+                                               {"r", 0}, {"lora_alpha", "x"}};
+  for (const auto& [key, value] : changes)
+    EXPECT_THAT(LoadWith(key, value), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("adapter_config.json")))
+        << key;
+  EXPECT_THAT(LoadWith("r", 5), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("rank 5")));
+  ASSERT_THAT(WriteSafetensors(folder_ / "adapter_model.safetensors",
+                               {{"base_model.model.m.lora_A.weight", at::ones({4, 2})}}),
+              IsOk());
+  EXPECT_THAT(LoadWith("r", 4), IsOk());  // SavePeftAdapter wrote both files again
+  ASSERT_THAT(WriteSafetensors(folder_ / "adapter_model.safetensors",
+                               {{"base_model.model.m.lora_A.weight", at::ones({4, 2})}}),
+              IsOk());
+  EXPECT_THAT(LoadPeftAdapter(folder_), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("m lacks lora_B")));
+  EXPECT_THAT(LoadPeftAdapter(folder_ / "none"),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("adapter_config.json")));
+}
+
+// [[1, 2], [3, 4]] + 0.5 * [1, -2]^T [4, 6] = [[3, 5], [-1, -2]], exact in every dtype.
+TEST_F(PeftAdapterTest, MergeIsTheFormula) {
+  LoraPair pair{at::tensor({4.0f, 6.0f}).view({1, 2}), at::tensor({1.0f, -2.0f}).view({2, 1})};
+  at::Tensor weight = at::tensor({1.0f, 2.0f, 3.0f, 4.0f}).view({2, 2});
+  at::Tensor expected = at::tensor({3.0f, 5.0f, -1.0f, -2.0f}).view({2, 2});
+  for (at::ScalarType dtype : {at::kFloat, at::kHalf, at::kBFloat16})
+    EXPECT_TRUE(at::equal(MergeLora(weight.to(dtype), pair, 0.5), expected.to(dtype))) << dtype;
+}
+
+// Goal: a merge is computed in float32 and rounded once.  Method: float64 as oracle; bf16 must be its nearest
+// neighbour up to what float32 can tell apart.
+TEST_F(PeftAdapterTest, MergeRoundsOnce) {
+  LoraPair pair = Example().pairs.begin()->second;
+  at::Tensor weight = at::randn({6, 12});
+  at::Tensor exact = weight.to(at::kDouble) + 2.0 * at::mm(pair.b.to(at::kDouble), pair.a.to(at::kDouble));
+  EXPECT_TRUE(at::allclose(MergeLora(weight, pair, 2.0).to(at::kDouble), exact, 1e-6, 1e-6));
+  at::Tensor rounded = weight.to(at::kBFloat16);
+  exact = rounded.to(at::kDouble) + 2.0 * at::mm(pair.b.to(at::kDouble), pair.a.to(at::kDouble));
+  at::Tensor merged = MergeLora(rounded, pair, 2.0);
+  EXPECT_EQ(merged.scalar_type(), at::kBFloat16);
+  // bf16 has 8 significant bits: half a unit in the last place of a number in [2^e, 2^(e+1)) is 2^(e-8).
+  at::Tensor allowed = at::exp2(exact.abs().log2().floor() - 8) + 1e-5;
+  EXPECT_TRUE(((merged.to(at::kDouble) - exact).abs() <= allowed).all().item<bool>());
+  EXPECT_THROW(MergeLora(at::randn({5, 12}), pair, 1.0), c10::Error);
+}
+
+}  // namespace
+}  // namespace refinery::checkpoint

@@ -117,8 +117,9 @@ bool IsSet(const google::protobuf::Message& message, const std::string& path) {
   const auto* reflection = message.GetReflection();
   if (field == nullptr || field->is_map()) return false;
   if (dot == std::string::npos) return !field->is_repeated() && reflection->HasField(message, field);
-  return IsSet(index < 0 ? reflection->GetMessage(message, field) : reflection->GetRepeatedMessage(message, field, index),
-               path.substr(dot + 1));
+  return IsSet(
+      index < 0 ? reflection->GetMessage(message, field) : reflection->GetRepeatedMessage(message, field, index),
+      path.substr(dot + 1));
 }
 
 std::string FileStem(const std::string& name) { return fs::path(name).stem().string(); }
@@ -160,7 +161,8 @@ StatusOr<v1::Recipe> ParseRecipe(const std::string& yaml, const std::string& nam
   FillDefaults(&recipe);
   for (const std::string& path : places.written_zeros) {
     if (path == "name" || !IsSet(recipe, path)) continue;
-    return InvalidArgument(at_line(path), path, " must not be zero or empty (that means the default); leave the line out or "
+    return InvalidArgument(at_line(path), path,
+                           " must not be zero or empty (that means the default); leave the line out or "
                            "give another value");
   }
   Status checked = CheckRecipe(recipe);
@@ -199,9 +201,10 @@ StatusOr<std::map<std::string, fs::path>> RecipeFiles(const v1::Recipe& recipe, 
 const std::map<std::string, std::string>& KnownBenchmarks() {
   // The split that the field reports numbers on (lm-evaluation-harness 0.4.13).
   static const auto* const known = new std::map<std::string, std::string>{
-      {"arc_easy", "test"},         {"commonsense_qa", "validation"}, {"hellaswag", "validation"}, {"mmlu", "test"},
-      {"openbookqa", "test"},       {"piqa", "validation"},           {"social_i_qa", "validation"},
-      {"winogrande", "validation"},
+      {"arc_easy", "test"},          {"commonsense_qa", "validation"},
+      {"hellaswag", "validation"},   {"mmlu", "test"},
+      {"openbookqa", "test"},        {"piqa", "validation"},
+      {"social_i_qa", "validation"}, {"winogrande", "validation"},
   };
   return *known;
 }

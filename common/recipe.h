@@ -16,9 +16,9 @@
 namespace refinery {
 
 // Reads, fills defaults in and checks. INVALID_ARGUMENT "FILE:LINE: ..." naming the field and the fix; NOT_FOUND.
-// Relative model and file paths are resolved against the recipe's folder and made absolute; "~" is expanded; what holds "://"
-// stays as it is. A zero that is written out where zero means "the default" is refused: it would be silently another number.
-// A recipe without `name` is called as its file.
+// Relative model and file paths are resolved against the recipe's folder and made absolute; "~" is expanded; what holds
+// "://" stays as it is. A zero that is written out where zero means "the default" is refused: it would be silently
+// another number. A recipe without `name` is called as its file.
 StatusOr<v1::Recipe> LoadRecipe(const std::filesystem::path& path);
 // The same for text; `name` stands for the file in messages, `folder` for its place.
 StatusOr<v1::Recipe> ParseRecipe(const std::string& yaml, const std::string& name, const std::filesystem::path& folder);

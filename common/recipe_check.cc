@@ -52,7 +52,8 @@ Status CheckName(const std::string& name) {
   bool good = !name.empty() && name.size() <= 63 && name.front() != '-' && name.back() != '-';
   for (char c : name) good = good && ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-');
   if (good) return absl::OkStatus();
-  return InvalidArgument("name must be 1 to 63 lower-case letters, digits and inner '-', is '", name.substr(0, 80), "'");
+  return InvalidArgument("name must be 1 to 63 lower-case letters, digits and inner '-', is '", name.substr(0, 80),
+                         "'");
 }
 
 Status CheckSeeds(const v1::Data& data) {
@@ -60,7 +61,8 @@ Status CheckSeeds(const v1::Data& data) {
   if (seeds.benchmark().empty() == seeds.file().empty())
     return InvalidArgument("data.seeds must name either a benchmark or a file");
   if (!seeds.file().empty()) {
-    if (!seeds.split().empty()) return InvalidArgument("data.seeds.split goes only with data.seeds.benchmark; leave it out");
+    if (!seeds.split().empty())
+      return InvalidArgument("data.seeds.split goes only with data.seeds.benchmark; leave it out");
   } else {
     RF_RETURN_IF_ERROR(OneOf("data.seeds.benchmark", seeds.benchmark(), BenchmarkNames()));
     if (seeds.benchmark() != data.task())
@@ -89,8 +91,8 @@ Status CheckData(const v1::Data& data) {
                            "), is ", synthesize.shards());
   RF_RETURN_IF_ERROR(Between("data.synthesize.topics", synthesize.topics(), 1, 10000));
   RF_RETURN_IF_ERROR(Between("data.synthesize.few_shot", synthesize.few_shot(), 1, 64));
-  RF_RETURN_IF_ERROR(Require(synthesize.temperature() > 0 && synthesize.temperature() <= 10, "data.synthesize.temperature",
-                             "> 0 and at most 10", synthesize.temperature()));
+  RF_RETURN_IF_ERROR(Require(synthesize.temperature() > 0 && synthesize.temperature() <= 10,
+                             "data.synthesize.temperature", "> 0 and at most 10", synthesize.temperature()));
   RF_RETURN_IF_ERROR(Require(synthesize.top_p() > 0 && synthesize.top_p() <= 1, "data.synthesize.top_p",
                              "> 0 and at most 1", synthesize.top_p()));
   RF_RETURN_IF_ERROR(Between("data.synthesize.max_new_tokens", synthesize.max_new_tokens(), 1, 32768));
@@ -140,7 +142,8 @@ Status CheckDistill(const v1::Distill& distill) {
 Status CheckChoices(const std::string& field, const v1::Parameter& parameter) {
   if (parameter.min() != 0 || parameter.max() != 0 || parameter.log())
     return InvalidArgument(field, " has choices, not min, max or log");
-  if (parameter.choices().empty()) return InvalidArgument(field, ".choices is missing; known: ", NamesOf(KnownOptimizers()));
+  if (parameter.choices().empty())
+    return InvalidArgument(field, ".choices is missing; known: ", NamesOf(KnownOptimizers()));
   std::set<std::string> seen;
   for (int i = 0; i < parameter.choices_size(); ++i) {
     const std::string choice = Join(field, ".choices[", i, "]");
@@ -152,7 +155,8 @@ Status CheckChoices(const std::string& field, const v1::Parameter& parameter) {
 }
 
 Status CheckRange(const std::string& field, const v1::Parameter& parameter) {
-  if (!parameter.choices().empty()) return InvalidArgument(field, ".choices goes only with optimizer; give min and max");
+  if (!parameter.choices().empty())
+    return InvalidArgument(field, ".choices goes only with optimizer; give min and max");
   if (parameter.name() == "kl_weight") {
     RF_RETURN_IF_ERROR(Between(Join(field, ".min"), parameter.min(), 0, 1));
     RF_RETURN_IF_ERROR(Between(Join(field, ".max"), parameter.max(), 0, 1));

@@ -18,9 +18,7 @@ using google::protobuf::Reflection;
 
 int LineOfNode(const YAML::Node& node) { return node.Mark().line + 1; }
 
-std::string Child(const std::string& path, const std::string& key) {
-  return path.empty() ? key : Join(path, ".", key);
-}
+std::string Child(const std::string& path, const std::string& key) { return path.empty() ? key : Join(path, ".", key); }
 
 std::vector<std::string> FieldNames(const Descriptor& type) {
   std::vector<std::string> names;
@@ -103,7 +101,8 @@ class Reader {
     const std::vector<std::string> known = FieldNames(type);
     const std::string near = Nearest(key.Scalar(), known);
     const std::string hint = near.empty() ? Join("known keys: ", JoinNames(known)) : Join("did you mean '", near, "'?");
-    return Error(key, Join("unknown key '", key.Scalar().substr(0, 60), "'", path.empty() ? "" : " in ", path, "; ", hint));
+    return Error(key,
+                 Join("unknown key '", key.Scalar().substr(0, 60), "'", path.empty() ? "" : " in ", path, "; ", hint));
   }
 
   Status CheckOneof(const YAML::Node& key, const std::string& path, const FieldDescriptor& field,
@@ -119,8 +118,7 @@ class Reader {
     if (field.is_map()) return ReadMap(node, path, field, message);
     if (field.is_repeated()) {
       if (node.IsNull()) return absl::OkStatus();
-      if (!node.IsSequence())
-        return Error(node, Join(path, " must be a list, is ", NodeInWords(node)));
+      if (!node.IsSequence()) return Error(node, Join(path, " must be a list, is ", NodeInWords(node)));
       int index = 0;
       for (const auto& item : node) {
         const std::string child = Join(path, "[", index++, "]");
@@ -188,10 +186,10 @@ class Reader {
     const Reflection& r = *message->GetReflection();
     const bool add = field.is_repeated();
     switch (field.cpp_type()) {
-#define RF_NUMBER(CASE, TYPE, SUFFIX)                                                                \
-  case FieldDescriptor::CASE:                                                                        \
-    return SetNumber<TYPE>(node, path, field, zero, [&](TYPE value) {                                \
-      add ? r.Add##SUFFIX(message, &field, value) : r.Set##SUFFIX(message, &field, value);           \
+#define RF_NUMBER(CASE, TYPE, SUFFIX)                                                      \
+  case FieldDescriptor::CASE:                                                              \
+    return SetNumber<TYPE>(node, path, field, zero, [&](TYPE value) {                      \
+      add ? r.Add##SUFFIX(message, &field, value) : r.Set##SUFFIX(message, &field, value); \
     });
       RF_NUMBER(CPPTYPE_UINT32, uint32_t, UInt32)
       RF_NUMBER(CPPTYPE_UINT64, uint64_t, UInt64)
@@ -210,7 +208,8 @@ class Reader {
       case FieldDescriptor::CPPTYPE_ENUM: {
         const auto* value = field.enum_type()->FindValueByName(node.Scalar());
         if (value == nullptr)
-          return Error(node, Join(path, " must be one of the names of ", field.enum_type()->name(), ", is ", NodeInWords(node)));
+          return Error(
+              node, Join(path, " must be one of the names of ", field.enum_type()->name(), ", is ", NodeInWords(node)));
         add ? r.AddEnum(message, &field, value) : r.SetEnum(message, &field, value);
         return absl::OkStatus();
       }
@@ -362,7 +361,8 @@ Status YamlToMessage(const std::string& text, const std::string& name, google::p
   try {
     const std::vector<YAML::Node> documents = YAML::LoadAll(text);
     if (documents.empty() || documents[0].IsNull()) return InvalidArgument(name, ":1: the file is empty");
-    if (documents.size() > 1) return InvalidArgument(name, ":", LineOfNode(documents[1]), ": more than one YAML document");
+    if (documents.size() > 1)
+      return InvalidArgument(name, ":", LineOfNode(documents[1]), ": more than one YAML document");
     if (!documents[0].IsMap()) return InvalidArgument(name, ":1: must be a mapping, is ", NodeInWords(documents[0]));
     return Reader(name, places).ReadMessage(documents[0], "", message);
   } catch (const YAML::Exception& e) {

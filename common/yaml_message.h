@@ -1,11 +1,11 @@
 // common/yaml_message.h
 //
-// YAML -> protobuf message by reflection: the message is the schema. Mappings become messages (or map fields), sequences
-// become repeated fields, scalars are parsed by the field's type. Nothing is guessed: an unknown key, a key that stands
-// twice, a value of the wrong type or two members of a oneof are errors.
+// YAML -> protobuf message by reflection: the message is the schema. Mappings become messages (or map fields),
+// sequences become repeated fields, scalars are parsed by the field's type. Nothing is guessed: an unknown key, a key
+// that stands twice, a value of the wrong type or two members of a oneof are errors.
 //
-// Errors: INVALID_ARGUMENT "NAME:LINE: ..." that says which field, what was expected and, for an unknown key, the nearest
-// known one. Threads: no shared state.
+// Errors: INVALID_ARGUMENT "NAME:LINE: ..." that says which field, what was expected and, for an unknown key, the
+// nearest known one. Threads: no shared state.
 
 #pragma once
 
@@ -36,7 +36,8 @@ Status YamlToMessage(const std::string& text, const std::string& name, google::p
 // `message` as YAML in field order, without unset fields. YamlToMessage reads it back to an equal message.
 std::string MessageToYaml(const google::protobuf::Message& message);
 
-// Of `candidates`, the one nearest to `word` by edit distance (insertions, deletions, substitutions, swaps of neighbours), or
+// Of `candidates`, the one nearest to `word` by edit distance (insertions, deletions, substitutions, swaps of
+// neighbours), or
 // "" when none is near: more than a third of the longer word would have to change.
 std::string Nearest(const std::string& word, const std::vector<std::string>& candidates);
 

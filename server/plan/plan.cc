@@ -32,7 +32,8 @@ class Planner {
  private:
   Status CheckFiles() const {
     std::vector<std::string> roles = {"seeds"};
-    for (const v1::Benchmark& benchmark : recipe_.evaluate().benchmarks()) roles.push_back(Join("benchmark/", benchmark.name()));
+    for (const v1::Benchmark& benchmark : recipe_.evaluate().benchmarks())
+      roles.push_back(Join("benchmark/", benchmark.name()));
     for (const std::string& role : roles) {
       auto it = files_.find(role);
       if (it == files_.end() || it->second.empty())
@@ -43,7 +44,8 @@ class Planner {
 
   // Before anything is built: shards and trials are the only parts that a recipe can blow up.
   Status CheckSize() const {
-    const uint64_t trials = uint64_t{std::max(1u, recipe_.search().trials())} * std::max(1u, recipe_.search().replicates());
+    const uint64_t trials =
+        uint64_t{std::max(1u, recipe_.search().trials())} * std::max(1u, recipe_.search().replicates());
     const uint64_t tasks = 2 * uint64_t{recipe_.data().synthesize().shards()} + trials + 16;
     if (tasks <= limits::kMaxTasksPerJob) return absl::OkStatus();
     return FailedPrecondition("the plan would have ", tasks, " tasks; a job may have ", limits::kMaxTasksPerJob,
@@ -70,8 +72,12 @@ class Planner {
     return &plan_.tasks.back().spec;
   }
 
-  static Input FromTask(std::string name, std::string path) { return {std::move(name), Source::kTask, std::move(path)}; }
-  static Input FromFile(std::string name, std::string role) { return {std::move(name), Source::kFile, std::move(role)}; }
+  static Input FromTask(std::string name, std::string path) {
+    return {std::move(name), Source::kTask, std::move(path)};
+  }
+  static Input FromFile(std::string name, std::string role) {
+    return {std::move(name), Source::kFile, std::move(role)};
+  }
   static Input FromStudy(std::string selector) { return {"adapter", Source::kStudyBest, std::move(selector)}; }
   Input Student() const { return FromTask("student", "import/student"); }
   Input Teacher() const { return FromTask("teacher", teacher_); }
@@ -90,7 +96,8 @@ class Planner {
     if (recipe_.teacher().model() == recipe_.student().model()) return;
     teacher_ = "import/teacher";
     Add(teacher_, v1::IMPORT_MODEL, {Student()}, Join("read ", recipe_.teacher().model()))
-        ->mutable_import_model()->set_uri(recipe_.teacher().model());
+        ->mutable_import_model()
+        ->set_uri(recipe_.teacher().model());
   }
 
   void AddData() {
@@ -123,9 +130,7 @@ class Planner {
     scored.push_back(FromFile("seeds", "seeds"));
     AppendBenchmarks(&scored);
     v1::CurateParams* params =
-        Add("curate", v1::CURATE, std::move(scored),
-            "drop duplicates and benchmark items, split")
-            ->mutable_curate();
+        Add("curate", v1::CURATE, std::move(scored), "drop duplicates and benchmark items, split")->mutable_curate();
     params->set_task(data.task());
     *params->mutable_settings() = data.curate();
     params->set_seed_limit(data.seeds().limit());
@@ -156,9 +161,10 @@ class Planner {
     for (uint32_t trial = 0; trial < trials; ++trial) {
       for (uint32_t replicate = 0; replicate < replicates; ++replicate) {
         const std::string path = Join("trial/", trial, "/replicate/", replicate);
-        v1::TrainParams* params = Add(path, v1::TRAIN, {Student(), Examples(), Logits()},
-                                      Join("train a rank-", distill.lora().rank(), " adapter for ", distill.steps(), " steps"))
-                                      ->mutable_train();
+        v1::TrainParams* params =
+            Add(path, v1::TRAIN, {Student(), Examples(), Logits()},
+                Join("train a rank-", distill.lora().rank(), " adapter for ", distill.steps(), " steps"))
+                ->mutable_train();
         params->set_steps(distill.steps());
         params->set_tokens_per_step(distill.tokens_per_step());
         params->set_checkpoint_every(distill.checkpoint_every());
@@ -171,14 +177,18 @@ class Planner {
 
   void AddMergeAndQuantize() {
     const v1::Gptq& gptq = recipe_.quantize().gptq();
-    const std::string how =
-        Join("GPTQ ", gptq.bits(), " bit, ", gptq.group_size() < 0 ? "one group per row" : Join("groups of ", gptq.group_size()));
+    const std::string how = Join("GPTQ ", gptq.bits(), " bit, ",
+                                 gptq.group_size() < 0 ? "one group per row" : Join("groups of ", gptq.group_size()));
     Add("merge/best", v1::MERGE, {Student(), FromStudy("best")}, "fold the best adapter into the student")
-        ->mutable_merge()->set_keep_model(recipe_.export_().merged_model());
+        ->mutable_merge()
+        ->set_keep_model(recipe_.export_().merged_model());
     *Add("quantize/student", v1::QUANTIZE, {Student(), Examples()}, Join(how, " of the untouched student"))
-         ->mutable_quantize()->mutable_gptq() = gptq;
-    *Add("quantize/refined", v1::QUANTIZE, {Student(), FromStudy("best"), Examples()}, Join(how, " of the refined model"))
-         ->mutable_quantize()->mutable_gptq() = gptq;
+         ->mutable_quantize()
+         ->mutable_gptq() = gptq;
+    *Add("quantize/refined", v1::QUANTIZE, {Student(), FromStudy("best"), Examples()},
+         Join(how, " of the refined model"))
+         ->mutable_quantize()
+         ->mutable_gptq() = gptq;
   }
 
   void AddEvaluation(const std::string& variant, std::vector<Input> model) {

@@ -16,6 +16,7 @@ constexpr double kLeft = 68;
 constexpr double kRight = 20;
 constexpr double kTop = 44;
 constexpr double kBottom = 50;
+constexpr double kInset = 12;  // so that markers at the ends do not touch the frame
 constexpr double kLegendRow = 18;
 constexpr double kLegendColumn = 124;
 
@@ -68,7 +69,8 @@ class Plane {
   double top() const { return kTop + static_cast<double>(legend_rows_) * kLegendRow; }
   double bottom() const { return kHeight - kBottom; }
   double X(double x) const {
-    return kLeft + (x - x_ticks_.front()) / (x_ticks_.back() - x_ticks_.front()) * (kWidth - kLeft - kRight);
+    const double share = (x - x_ticks_.front()) / (x_ticks_.back() - x_ticks_.front());
+    return kLeft + kInset + share * (kWidth - kLeft - kRight - 2 * kInset);
   }
   double Y(double y) const {
     return bottom() - (y - y_ticks_.front()) / (y_ticks_.back() - y_ticks_.front()) * (bottom() - top());
@@ -82,12 +84,13 @@ class Plane {
 };
 
 std::string Text(double x, double y, const char* anchor, const std::string& text, const char* more = "") {
-  return "<text x=\"" + At(x) + "\" y=\"" + At(y) + "\" text-anchor=\"" + anchor + "\"" + more + ">" + EscapeHtml(text) + "</text>\n";
+  return "<text x=\"" + At(x) + "\" y=\"" + At(y) + "\" text-anchor=\"" + anchor + "\"" + more + ">" +
+         EscapeHtml(text) + "</text>\n";
 }
 
 std::string Line(double x1, double y1, double x2, double y2, const std::string& color, double width = 1) {
-  return "<line x1=\"" + At(x1) + "\" y1=\"" + At(y1) + "\" x2=\"" + At(x2) + "\" y2=\"" + At(y2) + "\" stroke=\"" + color +
-         "\" stroke-width=\"" + Number(width) + "\"/>\n";
+  return "<line x1=\"" + At(x1) + "\" y1=\"" + At(y1) + "\" x2=\"" + At(x2) + "\" y2=\"" + At(y2) + "\" stroke=\"" +
+         color + "\" stroke-width=\"" + Number(width) + "\"/>\n";
 }
 
 std::string Axes(const Chart& chart, const Plane& plane) {
@@ -109,8 +112,8 @@ std::string Axes(const Chart& chart, const Plane& plane) {
 std::string Marker(const Series& series, double x, double y) {
   if (series.cross)
     return Line(x - 4, y - 4, x + 4, y + 4, series.color, 2) + Line(x - 4, y + 4, x + 4, y - 4, series.color, 2);
-  return "<circle cx=\"" + At(x) + "\" cy=\"" + At(y) + "\" r=\"4\" stroke=\"" + series.color + "\" stroke-width=\"1.8\" fill=\"" +
-         (series.hollow ? "#ffffff" : series.color) + "\"/>\n";
+  return "<circle cx=\"" + At(x) + "\" cy=\"" + At(y) + "\" r=\"4\" stroke=\"" + series.color +
+         "\" stroke-width=\"1.8\" fill=\"" + (series.hollow ? "#ffffff" : series.color) + "\"/>\n";
 }
 
 std::string DrawSeries(const Series& series, const Plane& plane) {
@@ -130,8 +133,9 @@ std::string DrawSeries(const Series& series, const Plane& plane) {
     last_y = y;
   }
   if (series.line && !path.empty())
-    svg += "<path d=\"" + path + "\" fill=\"none\" stroke=\"" + series.color + "\" stroke-width=\"2\" stroke-linejoin=\"round\"" +
-           (series.dashed ? " stroke-dasharray=\"6 4\"" : "") + "/>\n";
+    svg += "<path d=\"" + path + "\" fill=\"none\" stroke=\"" + series.color +
+           "\" stroke-width=\"2\" stroke-linejoin=\"round\"" + (series.dashed ? " stroke-dasharray=\"6 4\"" : "") +
+           "/>\n";
   for (const ChartPoint& point : series.points) {
     if (!IsDrawable(point)) continue;
     const double x = plane.X(point.x);
@@ -200,9 +204,10 @@ const std::string& SeriesColor(size_t index) {
 std::string ToSvg(const Chart& chart) {
   const Plane plane(chart);
   if (plane.empty()) return "";
-  std::string svg = "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " + Number(kWidth) + " " + Number(kHeight) +
-                    "\" role=\"img\" font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"#52606d\">\n<title>" +
-                    EscapeHtml(chart.title) + "</title>\n";
+  std::string svg =
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " + Number(kWidth) + " " + Number(kHeight) +
+      "\" role=\"img\" font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"#52606d\">\n<title>" +
+      EscapeHtml(chart.title) + "</title>\n";
   svg += Axes(chart, plane);
   for (const Series& series : chart.series) svg += DrawSeries(series, plane);
   return svg + Legend(chart, plane) + "</svg>";

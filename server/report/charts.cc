@@ -42,11 +42,12 @@ Chart CurveChart(const v1::Job& job, const std::map<std::string, std::string>& c
     for (const v1::Replicate& replicate : trial->replicates()) {
       auto it = curves.find(Join("trial/", trial->index(), "/replicate/", replicate.index()));
       if (it == curves.end()) continue;
-      Series series{.color = SeriesColor(color), .line = true, .dashed = !first, .markers = false, .opacity = first ? 1 : 0.55};
+      Series series{
+          .color = SeriesColor(color), .line = true, .dashed = !first, .markers = false, .opacity = first ? 1 : 0.55};
       for (const CurvePoint& point : ParseCurve(it->second))
         if (std::isfinite(point.*value)) series.points.push_back({.x = point.step, .y = point.*value});
       if (series.points.empty()) continue;
-      if (first) series.name = Join(trial->index(), ": ", trial->settings().optimizer());
+      if (first) series.name = Join("trial ", trial->index(), ", ", trial->settings().optimizer());
       first = false;
       chart.series.push_back(std::move(series));
     }
@@ -66,7 +67,8 @@ std::vector<CurvePoint> ParseCurve(const std::string& jsonl) {
     CurvePoint point{.step = NumberOr(object, "step", kNan),
                      .loss = NumberOr(object, "loss", kNan),
                      .validation_loss = NumberOr(object, "validation_loss", kNan)};
-    if (std::isfinite(point.step) && (std::isfinite(point.loss) || std::isfinite(point.validation_loss))) points.push_back(point);
+    if (std::isfinite(point.step) && (std::isfinite(point.loss) || std::isfinite(point.validation_loss)))
+      points.push_back(point);
   }
   return points;
 }
@@ -111,7 +113,8 @@ std::string SearchChart(const v1::Job& job) {
     const bool modelled = trial->origin() == "expected_improvement";
     Series& group = groups[Join(trial->settings().optimizer(), modelled ? ", model" : ", Sobol")];
     group.hollow = !modelled;
-    group.points.push_back({.x = static_cast<double>(trial->index()), .y = trial->mean(), .error = trial->standard_error()});
+    group.points.push_back(
+        {.x = static_cast<double>(trial->index()), .y = trial->mean(), .error = trial->standard_error()});
   }
   for (const v1::Trial* trial : trials)
     if (trial->state() == v1::Trial::INFEASIBLE && std::isfinite(highest))
@@ -128,7 +131,12 @@ std::string SearchChart(const v1::Job& job) {
 
 std::string QualityChart(const v1::Job& job, const std::string& measurement, double scale, const std::string& title,
                          const std::string& x_label) {
-  Chart chart{.title = title, .x_label = x_label, .y_label = "held-out KL to the teacher [nats per token]", .x_from_zero = true};
+  Chart chart{.title = title,
+              .x_label = x_label,
+              .y_label = "held-out KL to the teacher [nats per token]",
+              .x_from_zero = true};
+  Series plain{.name = "not quantized", .color = SeriesColor(0), .hollow = true};
+  Series quantized{.name = "GPTQ", .color = SeriesColor(1)};
   std::set<std::pair<double, double>> seen;
   for (const Variant& variant : VariantsOf(job)) {
     const v1::Measurement* x = variant.Find(measurement);
@@ -136,11 +144,12 @@ std::string QualityChart(const v1::Job& job, const std::string& measurement, dou
     if (x == nullptr || kl == nullptr) continue;
     // The best trial of one optimizer is the refined model itself: one point is enough.
     if (!seen.insert({kl->value(), kl->standard_error()}).second && variant.name.rfind("best-", 0) == 0) continue;
-    const size_t color = variant.trained ? variant.name.rfind("best-", 0) == 0 ? 2 : 0 : 1;
-    chart.series.push_back({.color = SeriesColor(color),
-                            .points = {{.x = x->value() * scale, .y = kl->value(), .error = kl->standard_error(), .label = variant.name}},
-                            .hollow = !variant.name.ends_with("-gptq")});
+    (variant.name.ends_with("-gptq") ? quantized : plain)
+        .points.push_back(
+            {.x = x->value() * scale, .y = kl->value(), .error = kl->standard_error(), .label = variant.name});
   }
+  for (Series* series : {&plain, &quantized})
+    if (!series->points.empty()) chart.series.push_back(std::move(*series));
   return ToSvg(chart);
 }
 

@@ -39,7 +39,8 @@ size_t Width(const std::string& text) {
 bool IsRight(const Table& table, size_t column) { return column < table.right.size() && table.right[column]; }
 
 std::string OneLine(std::string text) {
-  std::replace_if(text.begin(), text.end(), [](char c) { return c == '\n' || c == '\r' || c == '\t'; }, ' ');
+  std::replace_if(
+      text.begin(), text.end(), [](char c) { return c == '\n' || c == '\r' || c == '\t'; }, ' ');
   return text;
 }
 
@@ -53,7 +54,8 @@ std::string HtmlRow(const Table& table, const std::vector<std::string>& cells, c
 }
 
 std::string HtmlTable(const Table& table) {
-  std::string html = "<div class=\"scroll\"><table>\n<thead><tr>" + HtmlRow(table, table.header, "th") + "</tr></thead>\n<tbody>\n";
+  std::string html =
+      "<div class=\"scroll\"><table>\n<thead><tr>" + HtmlRow(table, table.header, "th") + "</tr></thead>\n<tbody>\n";
   for (size_t i = 0; i < table.rows.size(); ++i) {
     const bool strong = static_cast<int>(i) == table.strong_row;
     html += (strong ? "<tr class=\"strong\">" : "<tr>") + HtmlRow(table, table.rows[i], "td") + "</tr>\n";
@@ -141,20 +143,23 @@ std::string ToMarkdown(const Document& document) {
 }
 
 std::string ToHtml(const Document& document) {
-  std::string html = "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
-                     "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>" +
-                     EscapeHtml(document.title) + "</title>\n<style>" + kStyle + "</style>\n</head>\n<body>\n<main>\n<h1>" +
-                     EscapeHtml(document.title) + "</h1>\n<p class=\"subtitle\">" + EscapeHtml(document.subtitle) + "</p>\n";
+  std::string html =
+      "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
+      "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>" +
+      EscapeHtml(document.title) + "</title>\n<style>" + kStyle + "</style>\n</head>\n<body>\n<main>\n<h1>" +
+      EscapeHtml(document.title) + "</h1>\n<p class=\"subtitle\">" + EscapeHtml(document.subtitle) + "</p>\n";
   for (const Block& block : document.blocks) {
     switch (block.kind) {
       case Block::Kind::kHeading: html += "<h2>" + EscapeHtml(block.text) + "</h2>\n"; break;
       case Block::Kind::kParagraph: html += "<p>" + EscapeHtml(block.text) + "</p>\n"; break;
       case Block::Kind::kCallout:
-        html += std::string("<div class=\"callout") + (block.good ? "" : " bad") + "\">" + EscapeHtml(block.text) + "</div>\n";
+        html += std::string("<div class=\"callout") + (block.good ? "" : " bad") + "\">" + EscapeHtml(block.text) +
+                "</div>\n";
         break;
       case Block::Kind::kTable: html += HtmlTable(block.table); break;
       case Block::Kind::kFolded:
-        html += "<details><summary>" + EscapeHtml(block.text) + "</summary>\n" + HtmlTable(block.table) + "</details>\n";
+        html +=
+            "<details><summary>" + EscapeHtml(block.text) + "</summary>\n" + HtmlTable(block.table) + "</details>\n";
         break;
       case Block::Kind::kFigures:
         html += "<div class=\"figures\">\n";

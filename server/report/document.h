@@ -1,7 +1,7 @@
 // server/report/document.h
 //
-// A report as a list of blocks, and its two renderings: Markdown and self-contained HTML. All text is escaped here and nowhere
-// else; blocks hold plain UTF-8.
+// A report as a list of blocks, and its two renderings: Markdown and self-contained HTML. All text is escaped here and
+// nowhere else; blocks hold plain UTF-8.
 
 #pragma once
 
@@ -13,15 +13,15 @@ namespace refinery::report {
 struct Table {
   std::vector<std::string> header;
   std::vector<std::vector<std::string>> rows;
-  std::vector<bool> right;        // columns that hold numbers; missing entries are left-aligned
-  int strong_row = -1;            // one row that stands out
+  std::vector<bool> right;  // columns that hold numbers; missing entries are left-aligned
+  int strong_row = -1;      // one row that stands out
 };
 
 struct Block {
   enum class Kind { kHeading, kParagraph, kCallout, kTable, kFigures, kCode, kFolded };
   Kind kind = Kind::kParagraph;
-  std::string text;               // of a folded table: its summary line
-  bool good = true;               // of a callout: its colour
+  std::string text;  // of a folded table: its summary line
+  bool good = true;  // of a callout: its colour
   Table table;
   std::vector<std::string> figures;  // SVG, trusted
 };
@@ -41,7 +41,9 @@ struct Document {
   void Fold(std::string summary, Table table) {
     blocks.push_back({.kind = Block::Kind::kFolded, .text = std::move(summary), .table = std::move(table)});
   }
-  void Figures(std::vector<std::string> svgs) { blocks.push_back({.kind = Block::Kind::kFigures, .figures = std::move(svgs)}); }
+  void Figures(std::vector<std::string> svgs) {
+    blocks.push_back({.kind = Block::Kind::kFigures, .figures = std::move(svgs)});
+  }
   void Code(std::string text) { blocks.push_back({.kind = Block::Kind::kCode, .text = std::move(text)}); }
 };
 

@@ -38,18 +38,23 @@ void AddSummary(const v1::Job& job, Document* document) {
   document->Heading("Results");
   document->Add(SummaryRows(job));
   document->Paragraph(
-      "KL: from the teacher to the model, per token. KL, perplexity and answers right: on the held-out examples, which were used neither for training nor for "
-      "choosing. Values are mean ± standard error over items; it does not hold the spread between training seeds, which the "
-      "trials below show. Seeds: training runs behind a number, out of those of the chosen trial; the one with the lowest "
-      "validation loss was taken. Size: weights as stored, 1 MB = 1,000,000 bytes. Time per token: on the worker that ran the "
+      "KL: from the teacher to the model, per token. KL, perplexity and answers right: on the held-out examples, which "
+      "were used neither for training nor for "
+      "choosing. Values are mean ± standard error over items; it does not hold the spread between training seeds, "
+      "which the "
+      "trials below show. Seeds: training runs behind a number, out of those of the chosen trial; the one with the "
+      "lowest "
+      "validation loss was taken. Size: weights as stored, 1 MB = 1,000,000 bytes. Time per token: on the worker that "
+      "ran the "
       "evaluation, while other tasks may have run.");
 }
 
 void AddFigures(const ReportInput& input, Document* document) {
   std::vector<std::string> figures;
-  for (std::string svg : {LossChart(input.job, input.curves), ValidationChart(input.job, input.curves), SearchChart(input.job),
-                          QualityChart(input.job, "model_bytes", 1e-6, "Size against quality", "model size [MB]"),
-                          QualityChart(input.job, "ms_per_token", 1, "Latency against quality", "time per token [ms]")})
+  for (std::string svg :
+       {LossChart(input.job, input.curves), ValidationChart(input.job, input.curves), SearchChart(input.job),
+        QualityChart(input.job, "model_bytes", 1e-6, "Size against quality", "model size [MB]"),
+        QualityChart(input.job, "ms_per_token", 1, "Latency against quality", "time per token [ms]")})
     if (!svg.empty()) figures.push_back(std::move(svg));
   if (figures.empty()) return;
   document->Heading("Plots");
@@ -60,9 +65,12 @@ void AddTrials(const v1::Job& job, Document* document) {
   if (job.trials().empty()) return;
   document->Heading("Trials");
   const std::optional<uint32_t> best = BestTrial(job);
-  document->Paragraph(best.has_value()
-                          ? Join("The refined model comes from trial ", *best, ", which has the lowest mean validation loss.")
-                          : std::string("No trial succeeded."));
+  document->Paragraph(best.has_value() ? Join("The refined model comes from trial ", *best,
+                                              ", which has the lowest mean validation loss.")
+                                       : std::string("No trial succeeded."));
+  document->Paragraph(
+      "Validation loss: nats per token, mean ± standard error over the seeds of a trial. From: a Sobol point of "
+      "the start, or the Gaussian process model by expected improvement.");
   document->Add(TrialRows(job));
 }
 
@@ -105,12 +113,15 @@ Report MakeReport(const ReportInput& input) {
   document.Add(KindTimeRows(job));
   document.Fold(Join("Every task (", job.tasks_size(), ")"), TaskTimeRows(job));
   document.Heading("Every number");
-  document.Paragraph("The last columns say which part of the recipe asked for it, by field and by line of the recipe below.");
+  document.Paragraph(
+      "The last columns say which part of the recipe asked for it, by field and by line of the recipe below.");
   document.Fold("Every measurement of every variant", MeasurementRows(job));
   document.Heading("Recipe");
   document.Paragraph("With every default filled in.");
   document.Code(NumberedLines(MessageToYaml(job.recipe())));
-  return {.markdown = ToMarkdown(document), .html = ToHtml(document), .table = SummaryTable(job) + ClaimOf(job).sentence + "\n"};
+  return {.markdown = ToMarkdown(document),
+          .html = ToHtml(document),
+          .table = SummaryTable(job) + ClaimOf(job).sentence + "\n"};
 }
 
 std::string SummaryTable(const v1::Job& job) { return ToText(SummaryRows(job)); }

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/str_format.h"
 #include "common/status.h"
 #include "server/report/numbers.h"
 #include "server/report/variants.h"
@@ -14,6 +15,8 @@ namespace {
 
 constexpr char kNone[] = "–";
 constexpr int kMaxTaskRows = 1000;
+
+std::string Short(double value) { return absl::StrFormat("%.4g", value); }
 
 std::string StateText(const v1::Trial& trial) {
   switch (trial.state()) {
@@ -25,8 +28,8 @@ std::string StateText(const v1::Trial& trial) {
 }
 
 std::string OriginText(const v1::Trial& trial) {
-  if (trial.origin() == "sobol") return "Sobol point";
-  if (trial.origin() == "expected_improvement") return "expected improvement";
+  if (trial.origin() == "sobol") return "Sobol";
+  if (trial.origin() == "expected_improvement") return "model";
   return trial.origin();
 }
 
@@ -54,16 +57,16 @@ std::string KindName(v1::TaskKind kind) {
 }
 
 Table TrialRows(const v1::Job& job) {
-  Table table{.header = {"trial", "from", "optimizer", "learning rate", "temperature", "KL weight", "LoRA rank",
-                         "validation loss [nats]", "seeds", "state"},
+  Table table{.header = {"trial", "from", "optimizer", "learning rate", "temperature", "KL weight", "rank",
+                         "validation loss", "seeds", "state"},
               .right = {true, false, false, true, true, true, true, true, true, false}};
   const std::optional<uint32_t> best = BestTrial(job);
   for (const v1::Trial& trial : job.trials()) {
     const v1::TrialSettings& s = trial.settings();
     const bool has_value = trial.state() == v1::Trial::SUCCEEDED || trial.state() == v1::Trial::STOPPED_EARLY;
     if (best == trial.index()) table.strong_row = static_cast<int>(table.rows.size());
-    table.rows.push_back({Join(trial.index()), OriginText(trial), s.optimizer(), Digits(s.learning_rate(), 4),
-                          Digits(s.temperature(), 4), Digits(s.kl_weight(), 3), Join(s.lora_rank()),
+    table.rows.push_back({Join(trial.index()), OriginText(trial), s.optimizer(), Short(s.learning_rate()),
+                          Short(s.temperature()), Short(s.kl_weight()), Join(s.lora_rank()),
                           has_value ? WithError(trial.mean(), trial.standard_error()) : kNone,
                           Join(FinishedSeeds(trial), " of ", trial.replicates_size()), StateText(trial)});
   }
@@ -97,7 +100,8 @@ Table NoteRows(const std::vector<v1::Event>& notes) {
   std::vector<std::pair<std::vector<std::string>, int>> rows;
   for (const v1::Event& event : notes) {
     if (!event.has_task_note()) continue;
-    std::vector<std::string> row = {event.task_note().path(), event.task_note().note().code(), event.task_note().note().text()};
+    std::vector<std::string> row = {event.task_note().path(), event.task_note().note().code(),
+                                    event.task_note().note().text()};
     auto it = std::find_if(rows.begin(), rows.end(), [&](const auto& other) { return other.first == row; });
     if (it == rows.end()) {
       rows.emplace_back(std::move(row), 1);
@@ -136,7 +140,8 @@ Table KindTimeRows(const v1::Job& job) {
     total.seconds += task.seconds();
     total.peak = std::max(total.peak, static_cast<uint64_t>(task.peak_memory_bytes()));
   }
-  Table table{.header = {"kind", "run", "reused", "time", "peak memory of a process"}, .right = {false, true, true, true, true}};
+  Table table{.header = {"kind", "run", "reused", "time", "peak memory of a process"},
+              .right = {false, true, true, true, true}};
   for (const auto& [kind, total] : totals)
     table.rows.push_back({KindName(kind), Join(total.done), Join(total.reused), Seconds(total.seconds),
                           total.peak == 0 ? kNone : Megabytes(static_cast<double>(total.peak))});
@@ -152,10 +157,11 @@ Table TaskTimeRows(const v1::Job& job) {
       break;
     }
     const std::string state = v1::Task::State_Name(task.state());
-    table.rows.push_back({task.path(), absl::AsciiStrToLower(absl::string_view(state.data(), state.size())), Join(task.attempt()),
-                          Seconds(task.seconds()),
-                          task.peak_memory_bytes() == 0 ? kNone : Megabytes(static_cast<double>(task.peak_memory_bytes())),
-                          task.worker()});
+    table.rows.push_back(
+        {task.path(), absl::AsciiStrToLower(absl::string_view(state.data(), state.size())), Join(task.attempt()),
+         Seconds(task.seconds()),
+         task.peak_memory_bytes() == 0 ? kNone : Megabytes(static_cast<double>(task.peak_memory_bytes())),
+         task.worker()});
   }
   return table;
 }

@@ -13,8 +13,8 @@ namespace {
 constexpr char kNone[] = "–";
 
 const std::vector<std::string>& VariantNames() {
-  static const auto* const names = new std::vector<std::string>{"student",      "student-gptq", "refined",
-                                                                "refined-gptq", "best-adamw",   "best-muon"};
+  static const auto* const names =
+      new std::vector<std::string>{"student", "student-gptq", "refined", "refined-gptq", "best-adamw", "best-muon"};
   return *names;
 }
 
@@ -33,13 +33,16 @@ std::string SeedsCell(const v1::Job& job, const Variant& variant) {
 // The field of the recipe that asked for a measurement.
 std::string FieldOf(const v1::Recipe& recipe, const Variant& variant, const std::string& measurement) {
   for (int i = 0; i < recipe.evaluate().benchmarks_size(); ++i)
-    if (measurement.rfind(recipe.evaluate().benchmarks(i).name() + "/", 0) == 0) return Join("evaluate.benchmarks[", i, "]");
+    if (measurement.rfind(recipe.evaluate().benchmarks(i).name() + "/", 0) == 0)
+      return Join("evaluate.benchmarks[", i, "]");
   if (measurement.rfind("held_out", 0) == 0) return "data.curate.held_out_fraction";
   if (measurement == "ms_per_token") return "evaluate.latency_tokens";
   return variant.name.ends_with("-gptq") ? "quantize.gptq" : "student.model";
 }
 
-std::string UnitText(const v1::Measurement& measurement) { return measurement.unit().empty() ? kNone : measurement.unit(); }
+std::string UnitText(const v1::Measurement& measurement) {
+  return measurement.unit().empty() ? kNone : measurement.unit();
+}
 
 }  // namespace
 
@@ -54,7 +57,8 @@ std::vector<Variant> VariantsOf(const v1::Job& job) {
     for (const v1::Task& task : job.tasks()) {
       if (task.path() != Join("evaluate/", name)) continue;
       Variant variant{.name = name, .trained = name.rfind("student", 0) != 0};
-      for (const v1::Measurement& measurement : task.measurements()) variant.measurements[measurement.name()] = measurement;
+      for (const v1::Measurement& measurement : task.measurements())
+        variant.measurements[measurement.name()] = measurement;
       variants.push_back(std::move(variant));
     }
   }
@@ -69,11 +73,13 @@ const Variant* FindVariant(const std::vector<Variant>& variants, const std::stri
 
 Table SummaryRows(const v1::Job& job) {
   Table table{.header = {"variant", "KL [nats]", "perplexity", "answers right"}, .right = {false, true, true, true}};
-  for (const v1::Benchmark& benchmark : job.recipe().evaluate().benchmarks()) table.header.push_back(benchmark.name() + " acc");
+  for (const v1::Benchmark& benchmark : job.recipe().evaluate().benchmarks())
+    table.header.push_back(benchmark.name() + " acc");
   for (const char* column : {"size", "ms/token", "seeds"}) table.header.push_back(column);
   table.right.resize(table.header.size(), true);
   for (const Variant& variant : VariantsOf(job)) {
-    std::vector<std::string> row = {variant.name, ErrorCell(variant, "held_out_kl"), ErrorCell(variant, "held_out_perplexity"),
+    std::vector<std::string> row = {variant.name, ErrorCell(variant, "held_out_kl"),
+                                    ErrorCell(variant, "held_out_perplexity"),
                                     ErrorCell(variant, "held_out_answer_accuracy")};
     for (const v1::Benchmark& benchmark : job.recipe().evaluate().benchmarks())
       row.push_back(ErrorCell(variant, benchmark.name() + "/acc"));
@@ -93,7 +99,8 @@ Table MeasurementRows(const v1::Job& job) {
   v1::Recipe parsed;
   YamlPlaces places;
   (void)YamlToMessage(MessageToYaml(job.recipe()), "recipe", &parsed, &places);
-  Table table{.header = {"variant", "measurement", "value", "standard error", "unit", "items", "training seeds", "recipe", "line"},
+  Table table{.header = {"variant", "measurement", "value", "standard error", "unit", "items", "training seeds",
+                         "recipe", "line"},
               .right = {false, false, true, true, false, true, true, false, true}};
   for (const Variant& variant : VariantsOf(job)) {
     for (const auto& [name, measurement] : variant.measurements) {
@@ -119,23 +126,25 @@ Claim ClaimOf(const v1::Job& job) {
   const v1::Measurement* refined = kl("refined-gptq");
   const v1::Measurement* plain = kl("student-gptq");
   if (refined == nullptr || plain == nullptr)
-    return {.sentence = what + "cannot be said, " + (refined == nullptr ? "refined-gptq" : "student-gptq") + " was not measured."};
+    return {.sentence = what + "cannot be said, " + (refined == nullptr ? "refined-gptq" : "student-gptq") +
+                        " was not measured."};
 
   const double difference = plain->value() - refined->value();
   const double error = std::hypot(plain->standard_error(), refined->standard_error());
   const bool errors_known = plain->standard_error() > 0 && refined->standard_error() > 0;
   Claim claim;
   claim.holds = difference > 0 && (!errors_known || difference >= 2 * error);
-  const std::string numbers = absl::StrFormat("%s against %s nats per token, %s %s", Digits(refined->value(), 4),
-                                              Digits(plain->value(), 4), difference > 0 ? "lower by" : "higher by",
-                                              Digits(std::abs(difference), 3));
+  const std::string numbers =
+      absl::StrFormat("%s against %s nats per token, %s %s", Digits(refined->value(), 4), Digits(plain->value(), 4),
+                      difference > 0 ? "lower by" : "higher by", Digits(std::abs(difference), 3));
   std::string verdict = difference > 0 ? "yes. " : "no. ";
   if (errors_known && std::abs(difference) < 2 * error)
     verdict = difference > 0 ? "yes, but within the noise. " : "no, though within the noise. ";
   claim.sentence = what + verdict + numbers;
   if (errors_known) {
-    claim.sentence += absl::StrFormat(" = %.1f standard errors of the difference (%s; %s, the two taken as independent).",
-                                      std::abs(difference) / error, Digits(error, 2), Count(refined->count(), "held-out example"));
+    claim.sentence +=
+        absl::StrFormat(" = %.1f standard errors of the difference (%s; %s, the two taken as independent).",
+                        std::abs(difference) / error, Digits(error, 2), Count(refined->count(), "held-out example"));
   } else {
     claim.sentence += "; standard errors are not known.";
   }
@@ -146,7 +155,8 @@ std::optional<uint32_t> BestTrial(const v1::Job& job) {
   const v1::Trial* best = nullptr;
   for (const v1::Trial& trial : job.trials()) {
     if (trial.state() != v1::Trial::SUCCEEDED) continue;
-    if (best == nullptr || trial.mean() < best->mean() || (trial.mean() == best->mean() && trial.index() < best->index()))
+    if (best == nullptr || trial.mean() < best->mean() ||
+        (trial.mean() == best->mean() && trial.index() < best->index()))
       best = &trial;
   }
   if (best == nullptr) return std::nullopt;

@@ -141,7 +141,8 @@ Candidate MaximizeImprovement(const GaussianProcess& process, double best, const
     };
     std::vector<Scored> scored = {scorer.Score(with_choice(incumbent))};
     for (const auto& point : points) scored.push_back(scorer.Score(with_choice(point)));
-    std::stable_sort(scored.begin() + 1, scored.end(), [](const Scored& a, const Scored& b) { return a.value > b.value; });
+    std::stable_sort(scored.begin() + 1, scored.end(),
+                     [](const Scored& a, const Scored& b) { return a.value > b.value; });
     for (int start = 0; start <= kStarts; ++start) SearchLocally(space, scored[start].uniform, &scorer);
   }
   const Scored& winner = scorer.winner();

@@ -2,7 +2,8 @@
 //
 // Log expected improvement and its maximisation over the search space. Smaller objectives are better.
 //
-// Source: Ament et al. 2023, "Unexpected Improvements to Expected Improvement for Bayesian Optimization" (arXiv:2310.20708).
+// Source: Ament et al. 2023, "Unexpected Improvements to Expected Improvement for Bayesian Optimization"
+// (arXiv:2310.20708).
 
 #pragma once
 
@@ -14,7 +15,8 @@
 
 namespace refinery::search {
 
-// log(phi(z) + z * Phi(z)), the log of the expected value of max(0, z + N(0, 1)). Accurate where that underflows (z to -1e8).
+// log(phi(z) + z * Phi(z)), the log of the expected value of max(0, z + N(0, 1)). Accurate where that underflows (z to
+// -1e8).
 double LogExpectedPositivePart(double z);
 
 // log E[max(0, best - f)] for f ~ N(mean, variance).
@@ -29,8 +31,8 @@ struct Candidate {
   bool found = false;  // false: every setting that was looked at is among `taken`
 };
 
-// The settings with the highest log expected improvement that are not among `taken`: scrambled Sobol candidates for every choice
-// of the categorical axis, the best of them and the incumbent refined by a local search (NLopt's Subplex).
+// The settings with the highest log expected improvement that are not among `taken`: scrambled Sobol candidates for
+// every choice of the categorical axis, the best of them and the incumbent refined by a local search (NLopt's Subplex).
 Candidate MaximizeImprovement(const GaussianProcess& process, double best, const Space& space,
                               const std::vector<v1::TrialSettings>& taken, uint64_t seed);
 

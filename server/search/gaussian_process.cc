@@ -15,7 +15,8 @@ double SquaredDifference(const Observations& data, int axis, double a, double b)
   return (a - b) * (a - b);
 }
 
-double SquaredDistance(const Observations& data, const Kernel& kernel, const Eigen::VectorXd& a, const Eigen::VectorXd& b) {
+double SquaredDistance(const Observations& data, const Kernel& kernel, const Eigen::VectorXd& a,
+                       const Eigen::VectorXd& b) {
   double sum = 0;
   for (int i = 0; i < kernel.theta.size(); ++i) sum += kernel.theta[i] * SquaredDifference(data, i, a[i], b[i]);
   return sum;
@@ -32,7 +33,8 @@ Eigen::MatrixXd SquaredDistances(const Observations& data, const Kernel& kernel)
   Eigen::MatrixXd d2 = Eigen::MatrixXd::Zero(n, n);
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < i; ++j)
-      d2(i, j) = d2(j, i) = SquaredDistance(data, kernel, data.points.row(i).transpose(), data.points.row(j).transpose());
+      d2(i, j) = d2(j, i) =
+          SquaredDistance(data, kernel, data.points.row(i).transpose(), data.points.row(j).transpose());
   return d2;
 }
 
@@ -86,8 +88,8 @@ double LogLikelihood(const Observations& data, const Kernel& kernel, Eigen::Vect
     }
   }
   (*gradient)[d] = (inner.array() * d2.unaryExpr(&Matern52).array()).sum() * kernel.signal_variance;
-  const double by_noise = (inner.diagonal().array() / data.counts.array()).sum() -
-                          0.5 * spare / noise + 0.5 * data.squares.sum() / (noise * noise);
+  const double by_noise = (inner.diagonal().array() / data.counts.array()).sum() - 0.5 * spare / noise +
+                          0.5 * data.squares.sum() / (noise * noise);
   (*gradient)[d + 1] = by_noise * (noise - kMinNoise);
   return value;
 }
@@ -166,7 +168,8 @@ GaussianProcess::GaussianProcess(Observations data, Kernel kernel)
 GaussianProcess::Prediction GaussianProcess::At(const Eigen::VectorXd& point) const {
   Eigen::VectorXd cross(data_.points.rows());
   for (int i = 0; i < cross.size(); ++i)
-    cross[i] = kernel_.signal_variance * Matern52(SquaredDistance(data_, kernel_, data_.points.row(i).transpose(), point));
+    cross[i] =
+        kernel_.signal_variance * Matern52(SquaredDistance(data_, kernel_, data_.points.row(i).transpose(), point));
   const Eigen::VectorXd half = factor_.matrixL().solve(cross);
   return {.mean = cross.dot(weights_), .variance = std::max(0.0, kernel_.signal_variance - half.squaredNorm())};
 }

@@ -39,18 +39,20 @@ bool Contains(const std::vector<v1::TrialSettings>& list, const v1::TrialSetting
   return std::any_of(list.begin(), list.end(), [&](const auto& other) { return SameSettings(other, settings); });
 }
 
-v1::Trial NewTrial(const v1::Recipe& recipe, uint32_t index, const v1::TrialSettings& settings, const std::string& origin) {
+v1::Trial NewTrial(const v1::Recipe& recipe, uint32_t index, const v1::TrialSettings& settings,
+                   const std::string& origin) {
   v1::Trial trial;
   trial.set_index(index);
   trial.set_state(v1::Trial::ACTIVE);
   *trial.mutable_settings() = settings;
   trial.set_origin(origin);
-  for (uint32_t r = 0; r < std::max<uint32_t>(1, recipe.search().replicates()); ++r) trial.add_replicates()->set_index(r);
+  for (uint32_t r = 0; r < std::max<uint32_t>(1, recipe.search().replicates()); ++r)
+    trial.add_replicates()->set_index(r);
   return trial;
 }
 
-// The first `count` different settings along the Sobol sequence, without `taken`. Fewer when the space has no more or they are
-// rare on the sequence.
+// The first `count` different settings along the Sobol sequence, without `taken`. Fewer when the space has no more or
+// they are rare on the sequence.
 std::vector<v1::TrialSettings> SobolSettings(const v1::Recipe& recipe, const Space& space, uint32_t count,
                                              std::vector<v1::TrialSettings> taken) {
   ScrambledSobol sobol(static_cast<uint32_t>(space.Axes()), DeriveSeed(recipe.seed(), "search/sobol"));
@@ -77,7 +79,8 @@ Scale ScaleOf(const std::vector<double>& values) {
   Scale scale;
   for (double value : values) scale.mean += value / static_cast<double>(values.size());
   double square = 0;
-  for (double value : values) square += (value - scale.mean) * (value - scale.mean) / static_cast<double>(values.size());
+  for (double value : values)
+    square += (value - scale.mean) * (value - scale.mean) / static_cast<double>(values.size());
   scale.deviation = std::max(std::sqrt(square), 1e-10);
   return scale;
 }
@@ -175,7 +178,8 @@ bool CanSuggest(const v1::Recipe& recipe, const std::vector<v1::Trial>& trials, 
 
 StatusOr<v1::Trial> Suggest(const v1::Recipe& recipe, const std::vector<v1::Trial>& trials, uint32_t index) {
   if (!CanSuggest(recipe, trials, index))
-    return FailedPrecondition("trial ", index, " cannot be suggested now: it exists already, is past the last one, or trials "
+    return FailedPrecondition("trial ", index,
+                              " cannot be suggested now: it exists already, is past the last one, or trials "
                               "of earlier rounds are not finished");
   const Space space(recipe);
   if (recipe.search().trials() == 0 || space.Axes() == 0) return NewTrial(recipe, index, space.Base(), "recipe");

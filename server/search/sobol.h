@@ -1,9 +1,10 @@
 // server/search/sobol.h
 //
-// Scrambled Sobol points in the unit cube. The net's points come from boost::random::sobol (Joe and Kuo's directions); each
-// coordinate is then scrambled by a hash whose bits depend only on higher bits (nested uniform scrambling after Owen 1995, in
-// Laine and Karras' form, as in Burley 2020, "Practical Hash-based Owen Scrambling"). So every aligned block of 2^k points
-// still has exactly one point in each of 2^k equal slices of every axis, and every seed gives other points.
+// Scrambled Sobol points in the unit cube. The net's points come from boost::random::sobol (Joe and Kuo's directions);
+// each coordinate is then scrambled by a hash whose bits depend only on higher bits (nested uniform scrambling after
+// Owen 1995, in Laine and Karras' form, as in Burley 2020, "Practical Hash-based Owen Scrambling"). So every aligned
+// block of 2^k points still has exactly one point in each of 2^k equal slices of every axis, and every seed gives other
+// points.
 //
 // Threads: one per object.
 

@@ -138,8 +138,8 @@ Eigen::VectorXd Space::Encode(const v1::TrialSettings& settings) const {
 }
 
 bool SameSettings(const v1::TrialSettings& a, const v1::TrialSettings& b) {
-  return a.optimizer() == b.optimizer() && a.learning_rate() == b.learning_rate() && a.temperature() == b.temperature() &&
-         a.kl_weight() == b.kl_weight() && a.lora_rank() == b.lora_rank();
+  return a.optimizer() == b.optimizer() && a.learning_rate() == b.learning_rate() &&
+         a.temperature() == b.temperature() && a.kl_weight() == b.kl_weight() && a.lora_rank() == b.lora_rank();
 }
 
 }  // namespace refinery::search

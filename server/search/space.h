@@ -1,10 +1,10 @@
 // server/search/space.h
 //
-// The search space of a recipe: trial settings <-> points in the unit cube. Every numeric parameter is one axis, linear or
-// logarithmic; the optimizer is one categorical axis that holds the index of the choice.
+// The search space of a recipe: trial settings <-> points in the unit cube. Every numeric parameter is one axis, linear
+// or logarithmic; the optimizer is one categorical axis that holds the index of the choice.
 //
-// Numbers are rounded to four significant digits (ranks to whole numbers), so that a trial's settings can be written down and
-// two settings that differ are visibly different.
+// Numbers are rounded to four significant digits (ranks to whole numbers), so that a trial's settings can be written
+// down and two settings that differ are visibly different.
 
 #pragma once
 
@@ -32,8 +32,8 @@ class Space {
   // How many different settings there are; infinite with a continuous axis.
   double Size() const;
 
-  // The settings at `uniform` (each coordinate in [0, 1), also for the categorical axis): the recipe's own for everything that
-  // is not searched; for an optimizer that is not the recipe's, that optimizer's defaults.
+  // The settings at `uniform` (each coordinate in [0, 1), also for the categorical axis): the recipe's own for
+  // everything that is not searched; for an optimizer that is not the recipe's, that optimizer's defaults.
   v1::TrialSettings Decode(const std::vector<double>& uniform) const;
   // The point of `settings`; of a categorical axis the index of the choice.
   Eigen::VectorXd Encode(const v1::TrialSettings& settings) const;

@@ -19,7 +19,8 @@ using refinery::testing::StatusCodeIs;
 TEST(DigestTest, KnownAnswers) {
   EXPECT_EQ(DigestOf(""), "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
   EXPECT_EQ(DigestOf("abc"), "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-  EXPECT_EQ(DigestOf(std::string(1000000, 'a')), "sha256:cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+  EXPECT_EQ(DigestOf(std::string(1000000, 'a')),
+            "sha256:cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
 }
 
 TEST(DigestTest, PiecesHashLikeTheWhole) {
@@ -62,9 +63,10 @@ TEST(DigestTest, ManifestsAreSortedAndReadBack) {
 TEST(DigestTest, BadManifestsAreRefused) {
   const std::string d = DigestOf("x");
   for (const std::string& text :
-       {d + " 1 a", d + " 1\n", d + " -1 a\n", d + " 1x a\n", d + " 99999999999999999999 a\n", std::string("sha256:0 1 a\n"), d + " 1 /a\n",
-        d + " 1 ../a\n", d + " 1 a/../b\n", d + " 1 a//b\n", d + " 1 ./a\n", d + " 1 a/\n", d + " 1 \n",
-        d + " 1 b\n" + d + " 1 a\n", d + " 1 a\n" + d + " 1 a\n", d + " 1 " + std::string("a\0b", 3) + "\n"})
+       {d + " 1 a", d + " 1\n", d + " -1 a\n", d + " 1x a\n", d + " 99999999999999999999 a\n",
+        std::string("sha256:0 1 a\n"), d + " 1 /a\n", d + " 1 ../a\n", d + " 1 a/../b\n", d + " 1 a//b\n",
+        d + " 1 ./a\n", d + " 1 a/\n", d + " 1 \n", d + " 1 b\n" + d + " 1 a\n", d + " 1 a\n" + d + " 1 a\n",
+        d + " 1 " + std::string("a\0b", 3) + "\n"})
     EXPECT_THAT(ParseManifest(text), StatusCodeIs(absl::StatusCode::kInvalidArgument)) << text;
 }
 

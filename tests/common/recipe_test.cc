@@ -83,7 +83,8 @@ TEST(RecipeTest, FillsTheDocumentedDefaults) {
   EXPECT_EQ(r.quantize().gptq().sequence_length(), 256u);
   EXPECT_EQ(r.evaluate().latency_tokens(), 32u);
 
-  const v1::Recipe adamw = Parsed(std::string(kSmallest) + "distill: {lora: {rank: 4}, optimizer: {adamw: {beta1: 0.5}}}\n");
+  const v1::Recipe adamw =
+      Parsed(std::string(kSmallest) + "distill: {lora: {rank: 4}, optimizer: {adamw: {beta1: 0.5}}}\n");
   EXPECT_EQ(adamw.distill().lora().lora_alpha(), 8);
   EXPECT_EQ(adamw.distill().optimizer().adamw().learning_rate(), 1e-3);
   EXPECT_EQ(adamw.distill().optimizer().adamw().beta1(), 0.5);
@@ -105,7 +106,8 @@ TEST(RecipeTest, FillingTwiceChangesNothing) {
 }
 
 TEST(RecipeTest, WrittenValuesStay) {
-  const v1::Recipe r = Parsed(std::string(kSmallest) + "distill: {kl_weight: 0, steps: 7, optimizer: {muon: {momentum: 0}}}\n");
+  const v1::Recipe r =
+      Parsed(std::string(kSmallest) + "distill: {kl_weight: 0, steps: 7, optimizer: {muon: {momentum: 0}}}\n");
   EXPECT_EQ(r.distill().kl_weight(), 0);
   EXPECT_EQ(r.distill().steps(), 7u);
   EXPECT_EQ(r.distill().optimizer().muon().momentum(), 0);
@@ -126,15 +128,18 @@ evaluate: {benchmarks: [{name: piqa, file: /abs/./x.jsonl}, {name: arc_easy}]}
   EXPECT_EQ(r.data().seeds().file(), "/recipes/seeds.jsonl");
   EXPECT_EQ(r.evaluate().benchmarks(0).file(), "/abs/x.jsonl");
   EXPECT_EQ(r.evaluate().benchmarks(1).file(), "");
-  EXPECT_EQ(Parsed("name: x\nstudent: {model: 'hub://a/b'}\ndata: {task: piqa, seeds: {benchmark: piqa}}").student().model(),
-            "hub://a/b");
+  EXPECT_EQ(
+      Parsed("name: x\nstudent: {model: 'hub://a/b'}\ndata: {task: piqa, seeds: {benchmark: piqa}}").student().model(),
+      "hub://a/b");
 }
 
 TEST(RecipeTest, AZeroThatWouldMeanTheDefaultIsRefused) {
   EXPECT_THAT(Error("distill:\n  steps: 0\n"), StartsWith("r.yaml:5: distill.steps must not be zero"));
   EXPECT_THAT(Error("data: {}\n"), HasSubstr("given twice"));
-  EXPECT_THAT(Error("quantize: {gptq: {damp_fraction: 0.0}}\n"), HasSubstr("quantize.gptq.damp_fraction must not be zero"));
-  EXPECT_THAT(ParseRecipe(std::string(kSmallest) + "seed: 0\nexport: {merged_model: false}\nsearch: {trials: 0}\n", "r.yaml", "/"),
+  EXPECT_THAT(Error("quantize: {gptq: {damp_fraction: 0.0}}\n"),
+              HasSubstr("quantize.gptq.damp_fraction must not be zero"));
+  EXPECT_THAT(ParseRecipe(std::string(kSmallest) + "seed: 0\nexport: {merged_model: false}\nsearch: {trials: 0}\n",
+                          "r.yaml", "/"),
               IsOk());
 }
 
@@ -157,23 +162,29 @@ TEST(RecipeTest, RangesOfDistillation) {
            {"distill: {lora: {rank: 5000}}", "distill.lora.rank must be from 1 to 4096"},
            {"distill: {lora: {lora_alpha: -1}}", "distill.lora.lora_alpha must be > 0"},
            {"distill: {optimizer: {muon: {learning_rate: -1}}}", "distill.optimizer.muon.learning_rate must be > 0"},
-           {"distill: {optimizer: {muon: {momentum: 1}}}", "distill.optimizer.muon.momentum must be at least 0 and below 1"},
+           {"distill: {optimizer: {muon: {momentum: 1}}}",
+            "distill.optimizer.muon.momentum must be at least 0 and below 1"},
            {"distill: {optimizer: {muon: {weight_decay: -1}}}", "weight_decay must be >= 0"},
-           {"distill: {optimizer: {adamw: {beta2: 1}}}", "distill.optimizer.adamw.beta2 must be at least 0 and below 1"},
+           {"distill: {optimizer: {adamw: {beta2: 1}}}",
+            "distill.optimizer.adamw.beta2 must be at least 0 and below 1"},
            {"distill: {tokens_per_step: 8}", "distill.tokens_per_step must be from 16"},
            {"quantize: {gptq: {bits: 5}}", "quantize.gptq.bits must be 2, 3, 4 or 8, is 5"},
            {"quantize: {gptq: {group_size: -2}}", "quantize.gptq.group_size must be > 0, or -1"},
            {"quantize: {gptq: {damp_fraction: 1}}", "quantize.gptq.damp_fraction must be between 0 and 1"},
-           {"quantize: {gptq: {calibration_tokens: 100}}", "quantize.gptq.calibration_tokens must be at least sequence_length"},
+           {"quantize: {gptq: {calibration_tokens: 100}}",
+            "quantize.gptq.calibration_tokens must be at least sequence_length"},
            {"teacher: {context: {few_shot: 65}}", "teacher.context.few_shot must be from 0 to 64"},
-           {"evaluate: {benchmarks: [{name: arc_esy}]}", "evaluate.benchmarks[0].name is 'arc_esy', which is not known; did you mean "
-                                                         "'arc_easy'?"},
+           {"evaluate: {benchmarks: [{name: arc_esy}]}",
+            "evaluate.benchmarks[0].name is 'arc_esy', which is not known; did you mean "
+            "'arc_easy'?"},
            {"evaluate: {benchmarks: [{name: piqa}, {name: piqa}]}", "evaluate.benchmarks[1].name is 'piqa' again"},
-           {"evaluate: {benchmarks: [{name: piqa, split: tset}]}", "evaluate.benchmarks[0].split is 'tset', which is not known; did you "
-                                                                   "mean 'test'?"},
+           {"evaluate: {benchmarks: [{name: piqa, split: tset}]}",
+            "evaluate.benchmarks[0].split is 'tset', which is not known; did you "
+            "mean 'test'?"},
            {"resources: {threads: 5000}", "resources.threads must be from 0 to 4096"}})
     EXPECT_THAT(Error(c.yaml), HasSubstr(c.message));
-  EXPECT_THAT(ParseRecipe(std::string(kSmallest) + "quantize: {gptq: {group_size: -1, bits: 3}}\n", "r.yaml", "/"), IsOk());
+  EXPECT_THAT(ParseRecipe(std::string(kSmallest) + "quantize: {gptq: {group_size: -1, bits: 3}}\n", "r.yaml", "/"),
+              IsOk());
 }
 
 TEST(RecipeTest, RangesOfTheSearch) {
@@ -184,20 +195,25 @@ TEST(RecipeTest, RangesOfTheSearch) {
            {"search: {trials: 3, initial_trials: 4, parameters: [{name: temperature, min: 1, max: 2}]}",
             "search.initial_trials must be at most search.trials (3), is 4"},
            {"search: {trials: 3, parameters: [{name: temprature, min: 1, max: 2}]}", "did you mean 'temperature'?"},
-           {"search: {trials: 3, parameters: [{name: temperature, min: 1, max: 2}, {name: temperature, min: 1, max: 2}]}",
+           {"search: {trials: 3, parameters: [{name: temperature, min: 1, max: 2}, {name: temperature, min: 1, max: "
+            "2}]}",
             "search.parameters[1].name is 'temperature' again"},
            {"search: {trials: 2, parameters: [{name: optimizer, choices: [muon, adam]}]}", "did you mean 'adamw'?"},
-           {"search: {trials: 2, parameters: [{name: optimizer, choices: [muon, muon]}]}", "choices[1] is 'muon' again"},
+           {"search: {trials: 2, parameters: [{name: optimizer, choices: [muon, muon]}]}",
+            "choices[1] is 'muon' again"},
            {"search: {trials: 2, parameters: [{name: optimizer, min: 1, max: 2}]}", "has choices, not min, max or log"},
            {"search: {trials: 2, parameters: [{name: optimizer}]}", "choices is missing"},
            {"search: {trials: 2, parameters: [{name: temperature, choices: [a]}]}", "choices goes only with optimizer"},
            {"search: {trials: 3, parameters: [{name: optimizer, choices: [muon, adamw]}]}",
             "search.trials must be at most 2 (there are no more different settings), is 3"},
            {"search: {trials: 2, parameters: [{name: kl_weight, min: 0.5, max: 1.5}]}", "max must be from 0 to 1"},
-           {"search: {trials: 2, parameters: [{name: kl_weight, min: 0, max: 1, log: true}]}", "min must be > 0 on a logarithmic"},
-           {"search: {trials: 2, parameters: [{name: lora_rank, min: 4.5, max: 8}]}", "min must be a whole number, is 4.5"},
+           {"search: {trials: 2, parameters: [{name: kl_weight, min: 0, max: 1, log: true}]}",
+            "min must be > 0 on a logarithmic"},
+           {"search: {trials: 2, parameters: [{name: lora_rank, min: 4.5, max: 8}]}",
+            "min must be a whole number, is 4.5"},
            {"search: {trials: 2, parameters: [{name: learning_rate, min: -1, max: 8}]}", "min must be > 0"},
-           {"search: {trials: 2000, parameters: [{name: temperature, min: 1, max: 2}]}", "search.trials must be from 1 to 1000"}})
+           {"search: {trials: 2000, parameters: [{name: temperature, min: 1, max: 2}]}",
+            "search.trials must be from 1 to 1000"}})
     EXPECT_THAT(Error(c.yaml), HasSubstr(c.message));
   EXPECT_THAT(ParseRecipe(kSmallest + ("search: {trials: 5, " + temperature) + "}\n", "r.yaml", "/"), IsOk());
 }
@@ -205,7 +221,8 @@ TEST(RecipeTest, RangesOfTheSearch) {
 TEST(RecipeTest, RangesOfTheData) {
   for (const Case& c : std::vector<Case>{
            {"data: {seeds: {benchmark: piqa}}", "data.task is missing; known: arc_easy"},
-           {"data: {task: pika, seeds: {benchmark: piqa}}", "data.task is 'pika', which is not known; did you mean 'piqa'?"},
+           {"data: {task: pika, seeds: {benchmark: piqa}}",
+            "data.task is 'pika', which is not known; did you mean 'piqa'?"},
            {"data: {task: piqa}", "data.seeds must name either a benchmark or a file"},
            {"data: {task: piqa, seeds: {benchmark: piqa, file: x}}", "data.seeds must name either"},
            {"data: {task: piqa, seeds: {file: x, split: train}}", "data.seeds.split goes only with"},
@@ -213,11 +230,15 @@ TEST(RecipeTest, RangesOfTheData) {
            {"data: {task: piqa, seeds: {benchmark: piqa, split: validation}}", "data.seeds.split must be train"},
            {"data: {task: piqa, seeds: {benchmark: piqa, limit: 8}, curate: {seed_examples: 9}}",
             "data.curate.seed_examples must be at most data.seeds.limit (8), is 9"},
-           {"data: {task: piqa, seeds: {benchmark: piqa}, synthesize: {shards: 200}}", "data.synthesize.shards must be at most"},
-           {"data: {task: piqa, seeds: {benchmark: piqa}, synthesize: {top_p: 1.5}}", "data.synthesize.top_p must be > 0"},
-           {"data: {task: piqa, seeds: {benchmark: piqa}, critique: {keep_fraction: 2}}", "data.critique.keep_fraction"},
+           {"data: {task: piqa, seeds: {benchmark: piqa}, synthesize: {shards: 200}}",
+            "data.synthesize.shards must be at most"},
+           {"data: {task: piqa, seeds: {benchmark: piqa}, synthesize: {top_p: 1.5}}",
+            "data.synthesize.top_p must be > 0"},
+           {"data: {task: piqa, seeds: {benchmark: piqa}, critique: {keep_fraction: 2}}",
+            "data.critique.keep_fraction"},
            {"data: {task: piqa, seeds: {benchmark: piqa}, curate: {held_out_fraction: 0.9}}", "must be below 1"},
-           {"data: {task: piqa, seeds: {benchmark: piqa}, curate: {validation_fraction: 1}}", "data.curate.validation_fraction"}})
+           {"data: {task: piqa, seeds: {benchmark: piqa}, curate: {validation_fraction: 1}}",
+            "data.curate.validation_fraction"}})
     EXPECT_THAT(DataError(c.yaml), HasSubstr(c.message));
 }
 
@@ -240,15 +261,18 @@ TEST(RecipeTest, FilesOfARecipe) {
   ASSERT_THAT(WriteFileAtomically(folder / "piqa/train.jsonl", "{}\n"), IsOk());
   const v1::Recipe recipe = Parsed(std::string(kSmallest) + "evaluate: {benchmarks: [{name: piqa}]}\n");
   EXPECT_THAT(RecipeFiles(recipe, folder),
-              StatusIs(absl::StatusCode::kNotFound, HasSubstr("piqa/validation.jsonl; bring it with: refinery data pull piqa")));
+              StatusIs(absl::StatusCode::kNotFound,
+                       HasSubstr("piqa/validation.jsonl; bring it with: refinery data pull piqa")));
   ASSERT_THAT(WriteFileAtomically(folder / "piqa/validation.jsonl", "{}\n"), IsOk());
   StatusOr<std::map<std::string, fs::path>> files = RecipeFiles(recipe, folder);
   ASSERT_THAT(files, IsOk());
-  EXPECT_THAT(*files, ::testing::UnorderedElementsAre(::testing::Pair("seeds", folder / "piqa/train.jsonl"),
-                                                      ::testing::Pair("benchmark/piqa", folder / "piqa/validation.jsonl")));
+  EXPECT_THAT(*files,
+              ::testing::UnorderedElementsAre(::testing::Pair("seeds", folder / "piqa/train.jsonl"),
+                                              ::testing::Pair("benchmark/piqa", folder / "piqa/validation.jsonl")));
   v1::Recipe own = recipe;
   own.mutable_data()->mutable_seeds()->set_file("/nowhere/seeds.jsonl");
-  EXPECT_THAT(RecipeFiles(own, folder), StatusIs(absl::StatusCode::kNotFound, HasSubstr("data.seeds.file: no file /nowhere")));
+  EXPECT_THAT(RecipeFiles(own, folder),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("data.seeds.file: no file /nowhere")));
   fs::remove_all(folder);
 }
 

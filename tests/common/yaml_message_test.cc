@@ -69,13 +69,16 @@ data:
 TEST(YamlMessageTest, ReadsMapsAndEnums) {
   v1::JobCreated created;
   ASSERT_THAT(Read("files: {seeds: a, benchmark/piqa: b}\nrecipe: {name: x}", &created), IsOk());
-  ExpectEqual(created, R"(files { key: "seeds" value: "a" } files { key: "benchmark/piqa" value: "b" } recipe { name: "x" })");
-  EXPECT_THAT(Read("files: {seeds: a, seeds: b}", &created), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("twice")));
+  ExpectEqual(created,
+              R"(files { key: "seeds" value: "a" } files { key: "benchmark/piqa" value: "b" } recipe { name: "x" })");
+  EXPECT_THAT(Read("files: {seeds: a, seeds: b}", &created),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("twice")));
 
   v1::JobFinished finished;
   ASSERT_THAT(Read("outcome: FAILED", &finished), IsOk());
   EXPECT_EQ(finished.outcome(), v1::JobFinished::FAILED);
-  EXPECT_THAT(Read("outcome: failed", &finished), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("names of Outcome")));
+  EXPECT_THAT(Read("outcome: failed", &finished),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("names of Outcome")));
 }
 
 TEST(YamlMessageTest, AnUnknownKeyNamesLineAndNearestKey) {
@@ -89,7 +92,8 @@ TEST(YamlMessageTest, AWrongTypeNamesLineFieldAndExpectation) {
   EXPECT_EQ(Error("distill:\n  steps: ten"), "r.yaml:2: distill.steps must be a whole number from 0, is 'ten'");
   EXPECT_EQ(Error("distill:\n  steps: -1"), "r.yaml:2: distill.steps must be a whole number from 0, is '-1'");
   EXPECT_EQ(Error("distill:\n  steps: 1.5"), "r.yaml:2: distill.steps must be a whole number from 0, is '1.5'");
-  EXPECT_EQ(Error("distill: {steps: 4294967296}"), "r.yaml:1: distill.steps must be a whole number from 0, is '4294967296'");
+  EXPECT_EQ(Error("distill: {steps: 4294967296}"),
+            "r.yaml:1: distill.steps must be a whole number from 0, is '4294967296'");
   EXPECT_EQ(Error("distill: {steps: \"3\"}"), "r.yaml:1: distill.steps must be a whole number from 0, is '3'");
   EXPECT_EQ(Error("distill: {temperature: [1]}"), "r.yaml:1: distill.temperature must be a number, is a list");
   EXPECT_EQ(Error("distill: {temperature: }"), "r.yaml:1: distill.temperature must be a number, is nothing");
@@ -130,8 +134,9 @@ TEST(YamlMessageTest, HostileTextEndsInAnError) {
 TEST(YamlMessageTest, RemembersPlacesAndWrittenZeros) {
   v1::Recipe recipe;
   YamlPlaces places;
-  ASSERT_THAT(YamlToMessage("seed: 0\ndistill:\n  kl_weight: 0\n  steps: 0\nsearch:\n  parameters:\n  - name: a\n    min: 0.0\n",
-                            "r", &recipe, &places),
+  ASSERT_THAT(YamlToMessage(
+                  "seed: 0\ndistill:\n  kl_weight: 0\n  steps: 0\nsearch:\n  parameters:\n  - name: a\n    min: 0.0\n",
+                  "r", &recipe, &places),
               IsOk());
   EXPECT_THAT(places.written_zeros, ElementsAre("seed", "distill.steps", "search.parameters[0].min"));
   EXPECT_EQ(places.LineOf("distill.steps"), 4);

@@ -77,13 +77,16 @@ Plan MustPlan(const v1::Recipe& recipe) {
 std::vector<std::string> InputsOf(const PlannedTask& task) {
   std::vector<std::string> lines;
   for (const Input& input : task.inputs) {
-    const char* source = input.source == Input::Source::kFile ? "file" : input.source == Input::Source::kTask ? "task" : "study";
+    const char* source = input.source == Input::Source::kFile   ? "file"
+                         : input.source == Input::Source::kTask ? "task"
+                                                                : "study";
     lines.push_back(Join(input.name, " = ", source, " ", input.from));
   }
   return lines;
 }
 
-// Goal: the order can run and every edge ends somewhere.  Method: needs come before, inputs from tasks are among the needs.
+// Goal: the order can run and every edge ends somewhere.  Method: needs come before, inputs from tasks are among the
+// needs.
 TEST(PlanTest, OrderIsTopologicalAndEveryInputIsNeeded) {
   for (const v1::Recipe& recipe : {DemoRecipe(), SmallRecipe()}) {
     const Plan plan = MustPlan(recipe);
@@ -120,7 +123,8 @@ TEST(PlanTest, EveryTaskHasTheParametersOfItsKind) {
 
 TEST(PlanTest, TheDemosPlanAsText) {
   const std::string text = PlanText(MustPlan(DemoRecipe()));
-  const std::string golden = R"(task                   what                                                           after
+  const std::string golden =
+      R"(task                   what                                                           after
 import/student         read /models/small.gguf
 synthesize/0           the teacher writes 128 examples                                import/student
 critique/0             the judge keeps the best 70 %                                  import/student, synthesize/0
@@ -177,9 +181,10 @@ TEST(PlanTest, InputsOfEachStage) {
               ElementsAre("student = task import/student", "examples = task curate"));
   EXPECT_THAT(InputsOf(*plan.Find("quantize/refined")),
               ElementsAre("student = task import/student", "adapter = study best", "examples = task curate"));
-  EXPECT_THAT(InputsOf(*plan.Find("evaluate/refined-gptq")),
-              ElementsAre("student = task import/student", "quantized = task quantize/refined", "examples = task curate",
-                          "logits = task teacher-logits", "benchmark-piqa = file benchmark/piqa"));
+  EXPECT_THAT(
+      InputsOf(*plan.Find("evaluate/refined-gptq")),
+      ElementsAre("student = task import/student", "quantized = task quantize/refined", "examples = task curate",
+                  "logits = task teacher-logits", "benchmark-piqa = file benchmark/piqa"));
   EXPECT_THAT(InputsOf(*plan.Find("evaluate/best-adamw")),
               ElementsAre("student = task import/student", "adapter = study best-adamw", "examples = task curate",
                           "logits = task teacher-logits", "benchmark-piqa = file benchmark/piqa"));
@@ -220,11 +225,13 @@ TEST(PlanTest, OnlyTriedOptimizersHaveAnEvaluation) {
   EXPECT_THAT(evaluations(recipe),
               UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-adamw", "best-muon"));
   recipe.mutable_search()->mutable_parameters(0)->mutable_choices()->RemoveLast();
-  EXPECT_THAT(evaluations(recipe), UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-muon"));
+  EXPECT_THAT(evaluations(recipe),
+              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-muon"));
   recipe.clear_search();
   recipe.mutable_distill()->mutable_optimizer()->mutable_adamw();
   FillDefaults(&recipe);
-  EXPECT_THAT(evaluations(recipe), UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-adamw"));
+  EXPECT_THAT(evaluations(recipe),
+              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-adamw"));
 }
 
 TEST(PlanTest, EvaluationsTakeLimitsButNoClientPaths) {

@@ -34,7 +34,10 @@ TEST(RoundTicksTest, AreRoundAndCoverTheRange) {
 }
 
 Chart OneSeries(std::vector<ChartPoint> points) {
-  return {.title = "T <1>", .x_label = "x & x", .y_label = "y", .series = {{.name = "a<b", .color = "#000000", .points = points, .line = true}}};
+  return {.title = "T <1>",
+          .x_label = "x & x",
+          .y_label = "y",
+          .series = {{.name = "a<b", .color = "#000000", .points = points, .line = true}}};
 }
 
 TEST(ChartTest, NothingFiniteIsNoPicture) {
@@ -50,7 +53,8 @@ TEST(ChartTest, TextIsEscapedAndLabelled) {
   EXPECT_THAT(svg, Not(HasSubstr("<p>")));
 }
 
-// Goal: points lie where their values say.  Method: the y of circles is linear in the value, and all lie inside the picture.
+// Goal: points lie where their values say.  Method: the y of circles is linear in the value, and all lie inside the
+// picture.
 TEST(ChartTest, PointsAreLinearAndInside) {
   const std::string svg = ToSvg(OneSeries({{.x = 0, .y = 10}, {.x = 1, .y = 20}, {.x = 2, .y = 40}}));
   const std::regex circle("<circle cx=\"([0-9.]+)\" cy=\"([0-9.]+)\"");
@@ -67,7 +71,8 @@ TEST(ChartTest, PointsAreLinearAndInside) {
 
 TEST(ChartsTest, SearchShowsTheBestSoFarAndDivergedTrials) {
   const std::string svg = SearchChart(ExampleInput().job);
-  for (const char* text : {"best so far", "muon, Sobol", "muon, model", "adamw, Sobol", "diverged", "validation loss [nats per token]"})
+  for (const char* text :
+       {"best so far", "muon, Sobol", "muon, model", "adamw, Sobol", "diverged", "validation loss [nats per token]"})
     EXPECT_THAT(svg, HasSubstr(text));
 }
 

@@ -13,7 +13,8 @@ Document Example() {
   document.Heading("H");
   document.Paragraph("one_two *three*");
   document.Callout("<c>", false);
-  document.Add({.header = {"name", "n"}, .rows = {{"a|b", "1"}, {"c\nd", "22"}}, .right = {false, true}, .strong_row = 0});
+  document.Add(
+      {.header = {"name", "n"}, .rows = {{"a|b", "1"}, {"c\nd", "22"}}, .right = {false, true}, .strong_row = 0});
   document.Fold("more", {.header = {"x"}, .rows = {{"y"}}});
   document.Figures({"<svg></svg>"});
   document.Code("a ```` b\n");
@@ -30,8 +31,8 @@ TEST(DocumentTest, Markdown) {
 TEST(DocumentTest, Html) {
   const std::string html = ToHtml(Example());
   for (const char* part : {"<title>A &amp; B</title>", "<h2>H</h2>", "<div class=\"callout bad\">&lt;c&gt;</div>",
-                           "<tr class=\"strong\"><td>a|b</td><td class=\"r\">1</td></tr>", "<details><summary>more</summary>",
-                           "<svg></svg>", "<pre>a ```` b\n</pre>"})
+                           "<tr class=\"strong\"><td>a|b</td><td class=\"r\">1</td></tr>",
+                           "<details><summary>more</summary>", "<svg></svg>", "<pre>a ```` b\n</pre>"})
     EXPECT_THAT(html, HasSubstr(part));
 }
 

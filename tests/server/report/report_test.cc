@@ -54,7 +54,8 @@ TEST(ReportTest, AMissingVariantIsADash) {
 TEST(ClaimTest, HoldsWithItsNumbers) {
   const Claim claim = ClaimOf(ExampleInput().job);
   EXPECT_TRUE(claim.holds);
-  EXPECT_THAT(claim.sentence, HasSubstr("alone: yes. 0.4310 against 0.6530 nats per token, lower by 0.222 = 7.5 standard errors"));
+  EXPECT_THAT(claim.sentence,
+              HasSubstr("alone: yes. 0.4310 against 0.6530 nats per token, lower by 0.222 = 7.5 standard errors"));
   EXPECT_THAT(claim.sentence, HasSubstr("(0.030; 24 held-out examples"));
 }
 
@@ -63,7 +64,8 @@ TEST(ClaimTest, IsHonestWhenItDoesNotHold) {
   SetKl(&job, "refined-gptq", 0.700, 0.01);
   SetKl(&job, "student-gptq", 0.653, 0.01);
   EXPECT_FALSE(ClaimOf(job).holds);
-  EXPECT_THAT(ClaimOf(job).sentence, HasSubstr("alone: no. 0.7000 against 0.6530 nats per token, higher by 0.0470 = 3.3 standard"));
+  EXPECT_THAT(ClaimOf(job).sentence,
+              HasSubstr("alone: no. 0.7000 against 0.6530 nats per token, higher by 0.0470 = 3.3 standard"));
 
   SetKl(&job, "refined-gptq", 0.650, 0.01);
   EXPECT_FALSE(ClaimOf(job).holds) << "lower by chance is no proof";
@@ -83,8 +85,8 @@ TEST(ClaimTest, IsHonestWhenItDoesNotHold) {
 
 TEST(ReportTest, HoldsEveryPart) {
   const Report report = MakeReport(ExampleInput());
-  for (const char* part : {"Refinery report: demo", "demo-3f2a", "Results", "Trials", "Data", "Fallbacks and notes", "Times",
-                           "Recipe", "lower by 0.222", "damping_raised", "expected improvement", "diverged",
+  for (const char* part : {"Refinery report: demo", "demo-3f2a", "Results", "Trials", "Data", "Fallbacks and notes",
+                           "Times", "Recipe", "lower by 0.222", "damping_raised", "by expected improvement", "diverged",
                            "written by the teacher", "synthesize/0"}) {
     EXPECT_THAT(report.html, HasSubstr(part));
     EXPECT_THAT(report.markdown, HasSubstr(EscapeMarkdown(part)));
@@ -98,7 +100,8 @@ TEST(ReportTest, HoldsEveryPart) {
 
 TEST(ReportTest, HtmlIsSelfContained) {
   const std::string html = MakeReport(ExampleInput()).html;
-  for (const char* outside : {"<script", "<link", "<img", "src=", "@import", "url(", "href="}) EXPECT_THAT(html, Not(HasSubstr(outside)));
+  for (const char* outside : {"<script", "<link", "<img", "src=", "@import", "url(", "href="})
+    EXPECT_THAT(html, Not(HasSubstr(outside)));
   // The only address is the name of the SVG format.
   for (size_t at = 0; (at = html.find("http", at)) != std::string::npos; ++at)
     EXPECT_EQ(html.substr(at, 26), "http://www.w3.org/2000/svg");
@@ -146,7 +149,8 @@ TEST(SectionsTest, DataStartsWithTheTotals) {
   EXPECT_THAT(table.rows, Contains(ElementsAre("dropped or set aside: duplicate", "21")));
   EXPECT_TRUE(DataRows("").rows.empty());
   EXPECT_TRUE(DataRows("[1]").rows.empty());
-  EXPECT_THAT(DataRows(R"({"reasons": {"short": 2}})").rows, ElementsAre(ElementsAre("dropped or set aside: reasons.short", "2")));
+  EXPECT_THAT(DataRows(R"({"reasons": {"short": 2}})").rows,
+              ElementsAre(ElementsAre("dropped or set aside: reasons.short", "2")));
 }
 
 // Goal: the line that the table names is the one that the reader sees.  Method: look it up in the printed recipe.
@@ -161,8 +165,9 @@ TEST(VariantsTest, MeasurementsNameTheLineOfTheRecipe) {
   for (const auto& row : MeasurementRows(job).rows) {
     const size_t line = std::stoul(row[8]);
     ASSERT_LE(line, lines.size());
-    const std::map<std::string, std::string> expected = {
-        {"arc_easy/acc", "- name: arc_easy"}, {"held_out_kl", "held_out_fraction:"}, {"ms_per_token", "latency_tokens:"}};
+    const std::map<std::string, std::string> expected = {{"arc_easy/acc", "- name: arc_easy"},
+                                                         {"held_out_kl", "held_out_fraction:"},
+                                                         {"ms_per_token", "latency_tokens:"}};
     if (auto it = expected.find(row[1]); it != expected.end()) {
       EXPECT_THAT(lines[line - 1], HasSubstr(it->second));
     }
@@ -172,9 +177,9 @@ TEST(VariantsTest, MeasurementsNameTheLineOfTheRecipe) {
 }
 
 TEST(CurveTest, BadLinesAreLeftOut) {
-  const std::vector<CurvePoint> points =
-      ParseCurve("{\"step\":1,\"loss\":2.5}\nnot json\n[]\n{\"step\":2,\"loss\":null}\n{\"loss\":1}\n"
-                 "{\"step\":3,\"loss\":2,\"validation_loss\":2.25}\n");
+  const std::vector<CurvePoint> points = ParseCurve(
+      "{\"step\":1,\"loss\":2.5}\nnot json\n[]\n{\"step\":2,\"loss\":null}\n{\"loss\":1}\n"
+      "{\"step\":3,\"loss\":2,\"validation_loss\":2.25}\n");
   ASSERT_EQ(points.size(), 2u);
   EXPECT_EQ(points[0].loss, 2.5);
   EXPECT_TRUE(std::isnan(points[0].validation_loss));

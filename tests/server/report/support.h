@@ -23,7 +23,8 @@ inline v1::Task* AddTask(v1::Job* job, const std::string& path, v1::TaskKind kin
   return task;
 }
 
-inline void Measure(v1::Task* task, const std::string& name, double value, double error, uint64_t count, const std::string& unit) {
+inline void Measure(v1::Task* task, const std::string& name, double value, double error, uint64_t count,
+                    const std::string& unit) {
   v1::Measurement* measurement = task->add_measurements();
   measurement->set_name(name);
   measurement->set_value(value);
@@ -32,7 +33,8 @@ inline void Measure(v1::Task* task, const std::string& name, double value, doubl
   measurement->set_unit(unit);
 }
 
-inline v1::Task* AddVariant(v1::Job* job, const std::string& name, double kl, double accuracy, double bytes, double latency) {
+inline v1::Task* AddVariant(v1::Job* job, const std::string& name, double kl, double accuracy, double bytes,
+                            double latency) {
   v1::Task* task = AddTask(job, Join("evaluate/", name), v1::EVALUATE, 12.5);
   Measure(task, "held_out_kl", kl, 0.021, 24, "nats");
   Measure(task, "held_out_perplexity", std::exp(2 + kl), 0.31, 24, "");
@@ -44,7 +46,8 @@ inline v1::Task* AddVariant(v1::Job* job, const std::string& name, double kl, do
   return task;
 }
 
-inline v1::Trial* AddTrial(v1::Job* job, const std::string& optimizer, double rate, double mean, double error, bool model = false) {
+inline v1::Trial* AddTrial(v1::Job* job, const std::string& optimizer, double rate, double mean, double error,
+                           bool model = false) {
   v1::Trial* trial = job->add_trials();
   trial->set_index(static_cast<uint32_t>(job->trials_size()) - 1);
   trial->set_state(std::isfinite(mean) ? v1::Trial::SUCCEEDED : v1::Trial::INFEASIBLE);
@@ -110,7 +113,8 @@ inline ReportInput ExampleInput() {
   for (uint32_t t : {0, 1, 3})
     for (uint32_t r : {0, 1})
       input.curves[Join("trial/", t, "/replicate/", r)] = Curve(0.9 + 0.05 * r, 0.35 + 0.03 * t + 0.02 * r, true);
-  input.curate_summary = R"({"raw": 128, "kept": 74, "train": 84, "validation": 11, "held_out": 11, "duplicate": 21, "no_answer": 33})";
+  input.curate_summary =
+      R"({"raw": 128, "kept": 74, "train": 84, "validation": 11, "held_out": 11, "duplicate": 21, "no_answer": 33})";
   v1::Event note;
   note.mutable_task_note()->set_path("quantize/refined");
   note.mutable_task_note()->mutable_note()->set_code("damping_raised");

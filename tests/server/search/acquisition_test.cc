@@ -26,7 +26,8 @@ double ByIntegration(double z) {
 
 // Goal: right to 1e-8 on every branch, also far where exp() would be 0.  Method: numerical integration.
 TEST(AcquisitionTest, LogExpectedPositivePartMatchesIntegration) {
-  for (double z : {-2000.0, -100.0, -40.0, -31.0, -30.0, -29.9, -12.0, -5.0, -1.5, -1.0, -0.999, -0.3, 0.0, 0.7, 3.0, 9.0})
+  for (double z :
+       {-2000.0, -100.0, -40.0, -31.0, -30.0, -29.9, -12.0, -5.0, -1.5, -1.0, -0.999, -0.3, 0.0, 0.7, 3.0, 9.0})
     EXPECT_NEAR(LogExpectedPositivePart(z), ByIntegration(z), 1e-8 * std::max(1.0, std::abs(ByIntegration(z)))) << z;
 }
 

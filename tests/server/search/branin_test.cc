@@ -64,8 +64,8 @@ double RandomRegret(uint32_t seed) {
   return best - kMinimum;
 }
 
-// Goal: the model earns its keep.  Method: six seeds, same budget; the worst of ours is better than the mean of random search,
-// our mean ten times better.  (Random search at this budget lies near 1 to 2.)
+// Goal: the model earns its keep.  Method: six seeds, same budget; the worst of ours is better than the mean of random
+// search, our mean ten times better.  (Random search at this budget lies near 1 to 2.)
 TEST(BraninTest, BeatsRandomSearch) {
   double random = 0;
   for (uint32_t seed = 0; seed < 200; ++seed) random += RandomRegret(seed) / 200;

@@ -11,7 +11,8 @@ namespace refinery::search {
 namespace {
 
 // The kernel again, written from the formula in Rasmussen and Williams (4.17) over length scales instead of theta.
-double Reference52(const Eigen::VectorXd& a, const Eigen::VectorXd& b, const Kernel& kernel, const std::vector<bool>& categorical) {
+double Reference52(const Eigen::VectorXd& a, const Eigen::VectorXd& b, const Kernel& kernel,
+                   const std::vector<bool>& categorical) {
   double r2 = 0;
   for (int i = 0; i < a.size(); ++i) {
     const double length = 1 / std::sqrt(kernel.theta[i]);
@@ -68,14 +69,14 @@ Eigen::MatrixXd SingleCovariance(const Sample& sample, const Kernel& kernel) {
   Eigen::MatrixXd covariance(n, n);
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < n; ++j)
-      covariance(i, j) = Reference52(sample.single_points.row(i).transpose(), sample.single_points.row(j).transpose(), kernel,
-                                     sample.data.categorical) +
+      covariance(i, j) = Reference52(sample.single_points.row(i).transpose(), sample.single_points.row(j).transpose(),
+                                     kernel, sample.data.categorical) +
                          (i == j ? kernel.noise_variance : 0);
   return covariance;
 }
 
-// Goal: the likelihood from means, counts and squares is that of every single replicate.  Method: the density of the full
-// normal vector, with an explicit inverse and determinant.
+// Goal: the likelihood from means, counts and squares is that of every single replicate.  Method: the density of the
+// full normal vector, with an explicit inverse and determinant.
 TEST(GaussianProcessTest, LogLikelihoodIsThatOfAllReplicates) {
   for (uint32_t seed : {1u, 2u, 3u}) {
     const Sample sample = MakeSample(seed, 7);
@@ -94,7 +95,8 @@ TEST(GaussianProcessTest, PosteriorIsTheConditionalNormal) {
   const Kernel kernel = SomeKernel();
   const Eigen::MatrixXd inverse = SingleCovariance(sample, kernel).inverse();
   const GaussianProcess process(sample.data, kernel);
-  for (const Eigen::Vector3d& point : {Eigen::Vector3d(0.1, 0.9, 0), Eigen::Vector3d(0.5, 0.4, 1), Eigen::Vector3d(2, -1, 1)}) {
+  for (const Eigen::Vector3d& point :
+       {Eigen::Vector3d(0.1, 0.9, 0), Eigen::Vector3d(0.5, 0.4, 1), Eigen::Vector3d(2, -1, 1)}) {
     Eigen::VectorXd cross(sample.single_values.size());
     for (int i = 0; i < cross.size(); ++i)
       cross[i] = Reference52(sample.single_points.row(i).transpose(), point, kernel, sample.data.categorical);
@@ -122,7 +124,8 @@ TEST(GaussianProcessTest, GradientsMatchDifferences) {
   for (int variable = 0; variable < 5; ++variable) {
     const Kernel up = shifted(variable, kStep);
     const Kernel down = shifted(variable, -kStep);
-    EXPECT_NEAR(by_data[variable], (LogLikelihood(sample.data, up) - LogLikelihood(sample.data, down)) / (2 * kStep), 1e-6);
+    EXPECT_NEAR(by_data[variable], (LogLikelihood(sample.data, up) - LogLikelihood(sample.data, down)) / (2 * kStep),
+                1e-6);
     EXPECT_NEAR(by_prior[variable], (LogPrior(up) - LogPrior(down)) / (2 * kStep), 1e-6);
   }
 }

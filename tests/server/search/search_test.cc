@@ -125,7 +125,8 @@ TEST(SearchTest, TheModelClosesInOnTheMinimum) {
     const std::vector<v1::Trial> trials = RunStudy(DemoSearch(seed, 14, 5));
     double first = INFINITY;
     double last = INFINITY;
-    for (size_t i = 0; i < trials.size(); ++i) (i < 5 ? first : last) = std::min(i < 5 ? first : last, trials[i].mean());
+    for (size_t i = 0; i < trials.size(); ++i)
+      (i < 5 ? first : last) = std::min(i < 5 ? first : last, trials[i].mean());
     closer += last < first;
     EXPECT_LT(last, 2.05) << "seed " << seed;
   }
@@ -146,7 +147,8 @@ TEST(SearchTest, NothingIsSuggestedTwice) {
   EXPECT_EQ(seen.size(), 8u);
 }
 
-// Goal: a region that diverges is avoided.  Method: high learning rates diverge; the model's own trials rarely go there.
+// Goal: a region that diverges is avoided.  Method: high learning rates diverge; the model's own trials rarely go
+// there.
 TEST(SearchTest, DivergedTrialsRepel) {
   const std::vector<v1::Trial> trials = RunStudy(DemoSearch(2, 14, 6), [](const v1::Trial& trial) {
     if (trial.settings().learning_rate() > 2e-3) return std::vector<double>{kNan, 3.0};
@@ -163,8 +165,9 @@ TEST(SearchTest, DivergedTrialsRepel) {
 }
 
 TEST(SearchTest, AStudyInWhichAllDivergesStillSuggests) {
-  const std::vector<v1::Trial> trials =
-      RunStudy(DemoSearch(2, 8, 3), [](const v1::Trial&) { return std::vector<double>{kNan, kNan}; });
+  const std::vector<v1::Trial> trials = RunStudy(DemoSearch(2, 8, 3), [](const v1::Trial&) {
+    return std::vector<double>{kNan, kNan};
+  });
   EXPECT_EQ(trials.size(), 8u);
   EXPECT_TRUE(SelectBest(trials).empty());
 }
@@ -203,7 +206,8 @@ TEST(SearchTest, SelectBestTakesTheLowestAndTiesGoToTheLowerIndex) {
   trials[1].set_mean(1.5);  // a tie between trials 1, 3 and 4
   std::swap(trials[0], trials[4]);
   std::vector<std::string> lines;
-  for (const auto& best : SelectBest(trials)) lines.push_back(Join(best.selector(), " ", best.trial(), " ", best.replicate()));
+  for (const auto& best : SelectBest(trials))
+    lines.push_back(Join(best.selector(), " ", best.trial(), " ", best.replicate()));
   EXPECT_THAT(lines, ::testing::UnorderedElementsAre("best 1 1", "best-muon 1 1", "best-adamw 3 0"));
 }
 

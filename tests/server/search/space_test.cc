@@ -11,8 +11,8 @@
 namespace refinery::search {
 namespace {
 
-// Goal: scrambling keeps the net.  Method: of every aligned block of 16 points, one in each sixteenth of every axis, and for the
-// first two axes one in each cell of a 4 x 4 grid.
+// Goal: scrambling keeps the net.  Method: of every aligned block of 16 points, one in each sixteenth of every axis,
+// and for the first two axes one in each cell of a 4 x 4 grid.
 TEST(SobolTest, AlignedBlocksAreStratified) {
   for (uint64_t seed : {0u, 1u, 99u}) {
     ScrambledSobol sobol(3, seed);

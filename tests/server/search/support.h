@@ -12,7 +12,8 @@
 
 namespace refinery::search {
 
-inline v1::Parameter* AddParameter(v1::Recipe* recipe, const std::string& name, double min, double max, bool log = false) {
+inline v1::Parameter* AddParameter(v1::Recipe* recipe, const std::string& name, double min, double max,
+                                   bool log = false) {
   v1::Parameter* parameter = recipe->mutable_search()->add_parameters();
   parameter->set_name(name);
   parameter->set_min(min);

@@ -127,12 +127,23 @@ class Follower {
       RF_RETURN_IF_ERROR(Tick());
     }
     view_.Clear();
-    RF_ASSIGN_OR_RETURN(v1::Job job, GetJob(connection_, job_.id()));
+    RF_ASSIGN_OR_RETURN(v1::Job job, FinalJob());
     if (!IsFinal(job.state())) return Internal("the coordinator ended the watch of a job that is ", StateName(job.state()));
     return job;
   }
 
  private:
+  // The coordinator may die between the last event and this question.
+  StatusOr<v1::Job> FinalJob() {
+    const Clock::time_point deadline = Clock::now() + options_.patience;
+    while (true) {
+      StatusOr<v1::Job> job = GetJob(connection_, job_.id());
+      if (job.ok() || !IsAway(job.status()) || Clock::now() > deadline) return job;
+      if (options_.supervise) RF_RETURN_IF_ERROR(options_.supervise().status());
+      std::this_thread::sleep_for(kReconnect);
+    }
+  }
+
   void Take(const v1::WatchJobResponse& item) {
     if (item.has_event()) {
       dirty_ = true;

@@ -165,6 +165,13 @@ ExitInfo Process::Wait() {
   return *WaitWith(0);
 }
 
+bool Process::Ended() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (exit_.has_value()) return true;
+  siginfo_t info{};
+  return ::waitid(P_PID, static_cast<id_t>(pid_), &info, WEXITED | WNOWAIT | WNOHANG) != 0 || info.si_pid == pid_;
+}
+
 std::optional<ExitInfo> Process::TryWait() { return WaitWith(WNOHANG); }
 
 void Process::Signal(int signal) {

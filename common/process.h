@@ -52,7 +52,9 @@ class Process {
   int stderr_fd() const { return stderr_fd_; }
   // Blocks until it ends.
   ExitInfo Wait();
-  // Whether it has ended; does not block.
+  // Whether it has ended; it stays to be waited for, and Signal still reaches its group.
+  bool Ended();
+  // How it ended, if it has; does not block.
   std::optional<ExitInfo> TryWait();
   // Sends `signal` to its process group; nothing when it has been waited for.
   void Signal(int signal);

@@ -61,11 +61,8 @@ StatusOr<int> Plan(const std::string& recipe, const Globals& globals) {
   } remove{folder};
   RF_ASSIGN_OR_RETURN(std::unique_ptr<LocalPrograms> programs, LocalPrograms::Open({.state = folder, .worker = false}));
   Status started = programs->Start();
-  StatusOr<int> result = started;
-  if (started.ok()) {
-    auto connection = Connect(programs->address());
-    result = connection.ok() ? PrintPlan(*connection, input, globals.json) : connection.status();
-  }
+  StatusOr<Connection> connection = started.ok() ? Connect(programs->address()) : started;
+  StatusOr<int> result = connection.ok() ? PrintPlan(*connection, input, globals.json) : connection.status();
   programs->StopIfLast();
   return result;
 }

@@ -2,8 +2,8 @@
 
 Run: python tests/vectors/distill/make_vectors.py > tests/vectors/distill/kd.json      (torch 2.11.0, CPU)
 
-The teacher is dense here. Its tail at temperature T is what Refinery documents: the V-K tokens outside the top K share the
-tail's mass equally. So the reference flattens the teacher's tail first and then takes the textbook KL over K entries + rest.
+Teacher and student are dense here: both are tempered whole, then the tokens outside the teacher's top K are summed into
+one bucket, and the textbook KL is taken over K entries + rest.
 """
 
 import json
@@ -17,10 +17,7 @@ N, H, V, K = 5, 6, 23, 7
 def loss_of(hidden, head, teacher_logits, targets, temperature, kl_weight):
     top = teacher_logits.topk(K, dim=1).indices
     outside = torch.ones_like(teacher_logits).scatter(1, top, 0.0)
-    p = teacher_logits.softmax(1)
-    flat_tail = (p * outside).sum(1, keepdim=True) / (V - K)
-    flat = torch.where(outside.bool(), flat_tail, p)
-    p_t = (flat.log() / temperature).softmax(1)
+    p_t = (teacher_logits / temperature).softmax(1)
     q_t = (hidden @ head.T / temperature).softmax(1)
 
     def buckets(x):

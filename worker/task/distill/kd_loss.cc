@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "worker/task/distill/kd_row.h"
+#include "worker/task/distill/tail_grid.h"
 
 namespace refinery::distill {
 namespace {
@@ -65,9 +66,16 @@ void CheckShapes(const at::Tensor& hidden, const at::Tensor& lm_head, const at::
   TORCH_CHECK(inside(teacher.ids), "KdLoss: a teacher id lies outside the vocabulary of ", vocabulary);
 }
 
+// A teacher's rows as the kernels take them: contiguous, on the student's device, the tail at the loss's temperature.
+struct PreparedTeacher {
+  at::Tensor ids;     // [n, K] int32; undefined without a teacher
+  at::Tensor logits;  // [n, K] float32, at temperature 1
+  at::Tensor tails;   // [n] float64
+};
+
 // The fused kernel over the rows of one chunk. logits [c, V] become the gradient where one is wanted.
 template <typename T>
-void RunRows(T* logits, int64_t rows, int64_t vocabulary, const TeacherRows& teacher, const int64_t* targets,
+void RunRows(T* logits, int64_t rows, int64_t vocabulary, const PreparedTeacher& teacher, const int64_t* targets,
              const Weights& weights, std::vector<RowResult>* results) {
   const int64_t entries = teacher.ids.defined() ? teacher.ids.size(1) : 0;
   const RowSettings settings{.vocabulary = vocabulary,
@@ -77,7 +85,7 @@ void RunRows(T* logits, int64_t rows, int64_t vocabulary, const TeacherRows& tea
                              .gradient = weights.gradient};
   const int32_t* ids = entries > 0 ? teacher.ids.const_data_ptr<int32_t>() : nullptr;
   const float* entry_logits = entries > 0 ? teacher.logits.const_data_ptr<float>() : nullptr;
-  const float* tails = entries > 0 ? teacher.tail_logits.const_data_ptr<float>() : nullptr;
+  const double* tails = entries > 0 ? teacher.tails.const_data_ptr<double>() : nullptr;
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(vocabulary));
     std::vector<double> teacher_scratch(static_cast<size_t>(2 * entries));
@@ -91,7 +99,7 @@ void RunRows(T* logits, int64_t rows, int64_t vocabulary, const TeacherRows& tea
   });
 }
 
-Sums FusedChunk(const at::Tensor& logits, const TeacherRows& teacher, const at::Tensor& targets,
+Sums FusedChunk(const at::Tensor& logits, const PreparedTeacher& teacher, const at::Tensor& targets,
                 const Weights& weights) {
   std::vector<RowResult> results(static_cast<size_t>(logits.size(0)));
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -117,7 +125,7 @@ at::Tensor Divergence(const at::Tensor& log_p, const at::Tensor& log_q) {
 }
 
 // The same steps as KdRow in ATen operators, for devices and dtypes without the kernel. Softmax in float32 or float64.
-Sums DenseChunk(const at::Tensor& logits, const TeacherRows& teacher, const at::Tensor& targets,
+Sums DenseChunk(const at::Tensor& logits, const PreparedTeacher& teacher, const at::Tensor& targets,
                 const Weights& weights) {
   const at::ScalarType type = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor plain = logits.to(type);
@@ -131,20 +139,17 @@ Sums DenseChunk(const at::Tensor& logits, const TeacherRows& teacher, const at::
   }
   if (teacher.ids.defined()) {
     const at::Tensor ids = teacher.ids.to(at::kLong);
-    const double rest = static_cast<double>(logits.size(1) - ids.size(1));
-    const double log_rest = rest > 0 ? std::log(rest) : 0;
-    at::Tensor tail = log_rest + (teacher.tail_logits.to(type) - log_rest) / weights.temperature;
-    if (rest == 0) tail.fill_(kMinusInfinity);
-    const at::Tensor log_p =
-        at::cat({teacher.logits.to(type) / weights.temperature, tail.unsqueeze(1)}, 1).log_softmax(1);
+    const bool has_rest = logits.size(1) > ids.size(1);
+    const at::Tensor tail = teacher.tails.to(type).unsqueeze(1);
+    const at::Tensor log_p = at::cat({teacher.logits.to(type) / weights.temperature, tail}, 1).log_softmax(1);
     const at::Tensor log_q_all = (plain / weights.temperature).log_softmax(1);
     const at::Tensor log_q_rest = log_q_all.scatter(1, ids, kMinusInfinity);
-    const at::Tensor log_q_tail = rest > 0 ? log_q_rest.logsumexp(1, true).clamp_min(-85) : tail.unsqueeze(1);
+    const at::Tensor log_q_tail = has_rest ? log_q_rest.logsumexp(1, true).clamp_min(-85) : tail;
     const at::Tensor log_q = at::cat({log_q_all.gather(1, ids), log_q_tail}, 1);
     sums.kl = Divergence(log_p, log_q).sum(at::kDouble).item<double>();
     const int64_t entries = ids.size(1);
     const at::Tensor log_p_tail = log_p.narrow(1, entries, 1);
-    const at::Tensor ratio = rest > 0 ? at::exp(log_p_tail - log_q_tail) : at::zeros_like(log_p_tail);
+    const at::Tensor ratio = has_rest ? at::exp(log_p_tail - log_q_tail) : at::zeros_like(log_p_tail);
     const at::Tensor entries_gradient = log_q.narrow(1, 0, entries).exp() - log_p.narrow(1, 0, entries).exp();
     const at::Tensor kl_gradient = (log_q_rest.exp() * (1 - ratio)).scatter(1, ids, entries_gradient);
     gradient.add_(kl_gradient, weights.kl / weights.temperature);
@@ -153,11 +158,12 @@ Sums DenseChunk(const at::Tensor& logits, const TeacherRows& teacher, const at::
   return sums;
 }
 
-// Makes the dtypes, device and layout what the kernels expect.
-TeacherRows Prepare(const TeacherRows& teacher, const at::Device& device) {
+PreparedTeacher Prepare(const TeacherRows& teacher, int64_t vocabulary, double temperature, const at::Device& device) {
   if (!teacher.ids.defined()) return {};
+  at::Tensor tails = TailAtTemperature(teacher.tail_logits, teacher.tail_log_partitions, temperature);
+  if (teacher.ids.size(1) == vocabulary) tails = at::full_like(tails, kMinusInfinity);
   return {teacher.ids.to(device, at::kInt).contiguous(), teacher.logits.to(device, at::kFloat).contiguous(),
-          teacher.tail_logits.to(device, at::kFloat).contiguous()};
+          tails.to(device).contiguous()};
 }
 
 }  // namespace
@@ -175,7 +181,7 @@ KdResult KdLoss(const at::Tensor& hidden, const at::Tensor& lm_head, const at::T
     const at::NoGradGuard no_grad;
     const at::Tensor states = hidden.detach();
     const at::Tensor head = lm_head.detach();
-    const TeacherRows rows = Prepare(teacher, hidden.device());
+    const PreparedTeacher rows = Prepare(teacher, head.size(0), settings.temperature, hidden.device());
     const at::Tensor wanted = targets.to(hidden.device()).contiguous();
     const Weights weights{.kl = kl_scale / divisor,
                           .cross_entropy = (1 - settings.kl_weight) / divisor,
@@ -188,10 +194,10 @@ KdResult KdLoss(const at::Tensor& hidden, const at::Tensor& lm_head, const at::T
       const int64_t count = std::min(settings.chunk, n - begin);
       at::Tensor logits = buffer.narrow(0, 0, count);
       at::mm_out(logits, states.narrow(0, begin, count), head.t());
-      TeacherRows part;
+      PreparedTeacher part;
       if (rows.ids.defined()) {
         part = {rows.ids.narrow(0, begin, count), rows.logits.narrow(0, begin, count),
-                rows.tail_logits.narrow(0, begin, count)};
+                rows.tails.narrow(0, begin, count)};
       }
       const at::Tensor part_targets = wanted.narrow(0, begin, count);
       const Sums chunk = fused ? FusedChunk(logits, part, part_targets, weights)

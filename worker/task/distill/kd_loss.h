@@ -10,14 +10,15 @@
 //
 // KL_T: both sides at temperature T (Hinton et al. 2015, arXiv:1503.02531). The teacher's K entries are exact; the
 // rest of its mass is one tail bucket compared with the student's mass outside the same K entries, which is summed
-// exactly. At T != 1 the teacher's tail is taken as flat (see TeacherAtTemperature in kd_row.h). KL_T is never
-// negative.
+// exactly. The teacher's tail is exact at the temperatures of the cache's grid, T = 1 among them, and interpolated
+// between them (tail_grid.h). KL_T is never negative.
 //
 // Shapes: N answer positions, H hidden size, V vocabulary, K teacher entries.
 // Dtypes: head products in hidden's dtype; softmax, KL and gradient in float32 (float64 for float64 hidden).
 // Devices: on the CPU, bfloat16 and float32 run in one fused kernel over rows; anything else takes the same steps in
 // ATen.
-// Errors: c10::Error on shape bugs and ids outside the vocabulary.  Threads: no shared state.
+// Errors: c10::Error on shape bugs and ids outside the vocabulary, and for a temperature outside the cache's
+// grid.  Threads: no shared state.
 
 #pragma once
 
@@ -29,7 +30,7 @@ namespace refinery::distill {
 
 struct KdSettings {
   double kl_weight = 1.0;    // in [0, 1]
-  double temperature = 1.0;  // > 0
+  double temperature = 1.0;  // in [kMinTemperature, kMaxTemperature] of tail_grid.h, with a teacher
   int64_t chunk = 512;       // answer positions per chunk
 };
 

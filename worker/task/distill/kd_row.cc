@@ -149,7 +149,7 @@ template <typename T>
   TeacherDistribution p{.log_probabilities = teacher_scratch};
   double tail = 0;
   if (entries > 0) {
-    TeacherAtTemperature(teacher, n, settings.temperature, &p);
+    TeacherAtTemperature(teacher, settings.temperature, &p);
     for (int64_t k = 0; k < entries; ++k) result.kl += Divergence(p.log_probabilities[k], student[k] - log_sum);
     if (entries < n) result.kl += Divergence(p.tail_log_probability, std::log(outside) - log_sum);
     tail = std::exp(p.tail_log_probability);
@@ -182,22 +182,17 @@ template <typename T>
 
 }  // namespace
 
-void TeacherAtTemperature(const TeacherRow& teacher, int64_t vocabulary, double temperature, TeacherDistribution* out) {
-  const double rest = static_cast<double>(vocabulary - teacher.entries);
-  const double log_rest = rest > 0 ? std::log(rest) : 0;
-  const bool has_tail = rest > 0 && !std::isinf(teacher.tail_logit);
-  const double tail = has_tail ? log_rest + (teacher.tail_logit - log_rest) / temperature
-                               : -std::numeric_limits<double>::infinity();
-  double largest = tail;
+void TeacherAtTemperature(const TeacherRow& teacher, double temperature, TeacherDistribution* out) {
+  double largest = teacher.tail;
   for (int64_t k = 0; k < teacher.entries; ++k) {
     out->log_probabilities[k] = teacher.logits[k] / temperature;
     largest = std::max(largest, out->log_probabilities[k]);
   }
-  double sum = std::exp(tail - largest);
+  double sum = std::exp(teacher.tail - largest);
   for (int64_t k = 0; k < teacher.entries; ++k) sum += std::exp(out->log_probabilities[k] - largest);
   const double log_partition = largest + std::log(sum);
   for (int64_t k = 0; k < teacher.entries; ++k) out->log_probabilities[k] -= log_partition;
-  out->tail_log_probability = tail - log_partition;
+  out->tail_log_probability = teacher.tail - log_partition;
 }
 
 RF_VECTOR_CLONES

@@ -14,11 +14,11 @@
 
 namespace refinery::distill {
 
-// The teacher's side of one position, at temperature 1, as the logit cache holds it.
+// The teacher's side of one position.
 struct TeacherRow {
   const int32_t* ids = nullptr;   // [K], distinct
-  const float* logits = nullptr;  // [K] log-probabilities
-  float tail_logit = 0;           // log of the mass outside them, -inf when none
+  const float* logits = nullptr;  // [K] log-probabilities at temperature 1
+  double tail = 0;                // log of sum p^(1/T) over the tokens outside them (tail_grid.h), -inf when none
   int64_t entries = 0;            // K; 0 = no teacher
 };
 
@@ -35,15 +35,12 @@ struct RowResult {
   double cross_entropy = 0;  // -log softmax(logits)[target], at temperature 1
 };
 
-// The teacher's probabilities at a temperature: probabilities[K] of the entries, `tail` of the rest.
-// The tail is V-K tokens of equal probability: at temperature 1 each has exp(tail_logit) / (V-K), so at temperature T
-// the rest weighs (V-K) exp((tail_logit - log(V-K)) / T) against exp(logit / T) of each entry. Exact at T = 1 and for
-// a flat tail; a tail that is not flat is slightly underrated at T < 1 and overrated at T > 1.
+// The teacher's probabilities at a temperature: of the K entries one by one, of the rest together.
 struct TeacherDistribution {
   double* log_probabilities = nullptr;  // [K], caller's memory
   double tail_log_probability = 0;
 };
-void TeacherAtTemperature(const TeacherRow& teacher, int64_t vocabulary, double temperature, TeacherDistribution* out);
+void TeacherAtTemperature(const TeacherRow& teacher, double temperature, TeacherDistribution* out);
 
 // scratch: `vocabulary` floats and 2 K doubles of the calling thread.
 RowResult KdRow(uint16_t* bfloat16_logits, const TeacherRow& teacher, int32_t target, const RowSettings& settings,

@@ -10,12 +10,13 @@
 #include "common/digest.h"
 #include "common/files.h"
 #include "worker/task/checkpoint/safetensors.h"
+#include "worker/task/distill/tail_grid.h"
 
 namespace refinery::distill {
 namespace {
 
 constexpr char kFormat[] = "refinery.logit_cache";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr char kTensorFile[] = "logits.safetensors";
 constexpr char kIndexFile[] = "index.json";
 
@@ -44,7 +45,12 @@ StatusOr<nlohmann::json> ReadIndex(const std::filesystem::path& path) {
   RF_ASSIGN_OR_RETURN(const int64_t version, IntegerOf(index, "version", path.string()));
   if (format != kFormat || version != kVersion) {
     return DataLoss(path.string(), ": is '", format, "' version ", version, ", wanted '", kFormat, "' version ",
-                    kVersion);
+                    kVersion, "; make the logit cache again");
+  }
+  const auto grid = index.find("inverse_temperatures");
+  if (grid == index.end() || *grid != nlohmann::json(kInverseTemperatures)) {
+    return DataLoss(path.string(), ": 'inverse_temperatures' is missing or not the grid of version ", kVersion,
+                    "; make the logit cache again");
   }
   return index;
 }
@@ -107,6 +113,8 @@ StatusOr<std::shared_ptr<LogitCache>> LogitCache::Open(const std::filesystem::pa
   RF_ASSIGN_OR_RETURN(cache->ids_, ReadTensor(*file, "ids", at::kInt, {tokens, k}, tensor_where));
   RF_ASSIGN_OR_RETURN(cache->logits_, ReadTensor(*file, "logits", at::kFloat, {tokens, k}, tensor_where));
   RF_ASSIGN_OR_RETURN(cache->tail_logits_, ReadTensor(*file, "tail_logits", at::kFloat, {tokens}, tensor_where));
+  RF_ASSIGN_OR_RETURN(cache->tail_log_partitions_,
+                      ReadTensor(*file, "tail_log_partitions", at::kFloat, {tokens, kGridSize}, tensor_where));
   if (cache->ids_.numel() > 0 &&
       (cache->ids_.min().item<int64_t>() < 0 || cache->ids_.max().item<int64_t>() >= info.vocab_size)) {
     return DataLoss(tensor_where, ": a token id lies outside the vocabulary of ", info.vocab_size);
@@ -122,7 +130,8 @@ StatusOr<TeacherRows> LogitCache::Get(const std::string& key) const {
   const auto [begin, end] = found->second;
   return TeacherRows{.ids = ids_.narrow(0, begin, end - begin),
                      .logits = logits_.narrow(0, begin, end - begin),
-                     .tail_logits = tail_logits_.narrow(0, begin, end - begin)};
+                     .tail_logits = tail_logits_.narrow(0, begin, end - begin),
+                     .tail_log_partitions = tail_log_partitions_.narrow(0, begin, end - begin)};
 }
 
 LogitCacheWriter::LogitCacheWriter(const LogitCacheInfo& info) : info_(info) {
@@ -134,30 +143,31 @@ void LogitCacheWriter::Add(const std::string& key, const at::Tensor& logits) {
   const at::NoGradGuard no_grad;
   TORCH_CHECK(logits.dim() == 2 && logits.size(1) == info_.vocab_size, "LogitCacheWriter: logits ", logits.sizes(),
               " for a vocabulary of ", info_.vocab_size);
-  std::vector<at::Tensor> ids, values, tails;
+  std::vector<at::Tensor> ids, values, partitions;
   for (int64_t begin = 0; begin < logits.size(0); begin += kBlock) {
     const int64_t count = std::min(kBlock, logits.size(0) - begin);
     const at::Tensor block = logits.narrow(0, begin, count).to(at::kFloat);
     const at::Tensor partition = block.logsumexp({1}, /*keepdim=*/true);
     const auto [top, top_ids] = block.topk(info_.top_k, 1, /*largest=*/true, /*sorted=*/true);
     // The rest is summed by itself: as 1 - sum of the entries it would drown in rounding errors.
-    at::Tensor tail = at::full({count}, -std::numeric_limits<double>::infinity(), block.options());
-    if (info_.top_k < info_.vocab_size) {
-      const at::Tensor rest = block.scatter(1, top_ids, -std::numeric_limits<double>::infinity());
-      tail = rest.logsumexp({1}) - partition.squeeze(1);
-    }
+    const at::Tensor rest = block.scatter(1, top_ids, -std::numeric_limits<double>::infinity());
     ids.push_back(top_ids.to(at::kCPU, at::kInt));
     values.push_back((top - partition).to(at::kCPU));
-    tails.push_back(tail.to(at::kCPU));
+    partitions.push_back(TailLogPartitions(rest.sub_(partition)).to(at::kCPU));
   }
   if (ids.empty()) return;
-  rows_[key] = {.ids = at::cat(ids), .logits = at::cat(values), .tail_logits = at::cat(tails)};
+  const at::Tensor grid = at::cat(partitions);
+  rows_[key] = {.ids = at::cat(ids),
+                .logits = at::cat(values),
+                .tail_logits = grid.select(1, kPlainPoint).contiguous(),
+                .tail_log_partitions = grid};
 }
 
 Status LogitCacheWriter::Write(const std::filesystem::path& folder) const {
   std::vector<at::Tensor> ids = {at::empty({0, info_.top_k}, at::kInt)};
   std::vector<at::Tensor> values = {at::empty({0, info_.top_k}, at::kFloat)};
   std::vector<at::Tensor> tails = {at::empty({0}, at::kFloat)};
+  std::vector<at::Tensor> partitions = {at::empty({0, kGridSize}, at::kFloat)};
   nlohmann::json rows = nlohmann::json::array();
   int64_t tokens = 0;
   for (const auto& [key, row] : rows_) {
@@ -167,10 +177,14 @@ Status LogitCacheWriter::Write(const std::filesystem::path& folder) const {
     ids.push_back(row.ids);
     values.push_back(row.logits);
     tails.push_back(row.tail_logits);
+    partitions.push_back(row.tail_log_partitions);
   }
   RF_RETURN_IF_ERROR(CreateFolders(folder));
-  RF_RETURN_IF_ERROR(checkpoint::WriteSafetensors(
-      folder / kTensorFile, {{"ids", at::cat(ids)}, {"logits", at::cat(values)}, {"tail_logits", at::cat(tails)}}));
+  RF_RETURN_IF_ERROR(checkpoint::WriteSafetensors(folder / kTensorFile,
+                                                  {{"ids", at::cat(ids)},
+                                                   {"logits", at::cat(values)},
+                                                   {"tail_logits", at::cat(tails)},
+                                                   {"tail_log_partitions", at::cat(partitions)}}));
   RF_ASSIGN_OR_RETURN(const std::string digest, DigestOfFile(folder / kTensorFile));
   const nlohmann::json index = {{"format", kFormat},
                                 {"version", kVersion},
@@ -178,6 +192,7 @@ Status LogitCacheWriter::Write(const std::filesystem::path& folder) const {
                                 {"tokenizer_digest", info_.tokenizer_digest},
                                 {"vocab_size", info_.vocab_size},
                                 {"top_k", info_.top_k},
+                                {"inverse_temperatures", kInverseTemperatures},
                                 {"tokens", tokens},
                                 {"logits_digest", digest},
                                 {"rows", rows}};

@@ -1,10 +1,10 @@
 // worker/task/distill/logit_cache.h
 //
-// Offline teacher distributions: for every answer token the top-k log-probabilities, the mass of the rest, and the
-// exact log-partition at temperature 1, keyed by the digest of the student's token ids. docs/formats.md holds the
-// file layout.
+// Offline teacher distributions: for every answer token the top-k log-probabilities and the mass of the rest (the
+// tail) at temperature 1 and over a grid of temperatures, keyed by the digest of the student's token ids.
+// docs/formats.md holds the file layout.
 //
-// Shapes: N answer tokens over all examples, K entries per token.
+// Shapes: N answer tokens over all examples, K entries per token, G points of the temperature grid (tail_grid.h).
 
 #pragma once
 
@@ -25,6 +25,8 @@ struct TeacherRows {
   at::Tensor ids;          // [n, K] int32, descending by logit
   at::Tensor logits;       // [n, K] float32: log-probabilities, i.e. logits minus the row's log-partition at T = 1
   at::Tensor tail_logits;  // [n] float32: log of the mass outside the K entries at T = 1 (-inf when none)
+  // [n, G] float32: log-partition of the tail per grid point; only temperatures other than 1 need it.
+  at::Tensor tail_log_partitions = {};
 };
 
 struct LogitCacheInfo {
@@ -44,7 +46,7 @@ class LogitCache {
 
  private:
   LogitCacheInfo info_;
-  at::Tensor ids_, logits_, tail_logits_;
+  at::Tensor ids_, logits_, tail_logits_, tail_log_partitions_;
   std::map<std::string, std::pair<int64_t, int64_t>> rows_;  // key -> [begin, end)
 };
 

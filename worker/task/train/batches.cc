@@ -66,7 +66,7 @@ TrainBatch MakeBatch(const std::vector<size_t>& examples, const std::vector<data
                      const std::vector<distill::TeacherRows>& teacher, at::Device device) {
   std::vector<int64_t> tokens, positions, targets;
   TrainBatch batch;
-  std::vector<at::Tensor> ids, logits, tails;
+  std::vector<at::Tensor> ids, logits, tails, partitions;
   for (const size_t index : examples) {
     const data::EncodedExample& example = all[index];
     const auto begin = static_cast<int64_t>(tokens.size());
@@ -81,12 +81,14 @@ TrainBatch MakeBatch(const std::vector<size_t>& examples, const std::vector<data
     ids.push_back(teacher[index].ids);
     logits.push_back(teacher[index].logits);
     tails.push_back(teacher[index].tail_logits);
+    partitions.push_back(teacher[index].tail_log_partitions);
   }
   batch.packed.token_ids = at::tensor(tokens, at::kLong).to(device);
   batch.positions = at::tensor(positions, at::kLong).to(device);
   batch.targets = at::tensor(targets, at::kLong).to(device);
   if (!ids.empty()) {
-    batch.teacher = {at::cat(ids).to(device), at::cat(logits).to(device), at::cat(tails).to(device)};
+    batch.teacher = {at::cat(ids).to(device), at::cat(logits).to(device), at::cat(tails).to(device),
+                     at::cat(partitions).to(device)};
   }
   return batch;
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/digest.h"
+#include "worker/task/distill/tail_grid.h"
 #include "worker/task/train/batches.h"
 
 namespace refinery::train {
@@ -63,7 +64,9 @@ Status CheckSettings(const TrainSettings& settings) {
   const TrainSettings& s = settings;
   const auto count = [](int64_t value) { return static_cast<double>(value); };
   RF_RETURN_IF_ERROR(check(s.learning_rate > 0, "learning_rate", "> 0", s.learning_rate));
-  RF_RETURN_IF_ERROR(check(s.temperature > 0, "temperature", "> 0", s.temperature));
+  const std::string range = Join("in [", distill::kMinTemperature, ", ", distill::kMaxTemperature, "]");
+  RF_RETURN_IF_ERROR(check(s.temperature >= distill::kMinTemperature && s.temperature <= distill::kMaxTemperature,
+                           "temperature", range.c_str(), s.temperature));
   RF_RETURN_IF_ERROR(check(s.kl_weight >= 0 && s.kl_weight <= 1, "kl_weight", "in [0, 1]", s.kl_weight));
   RF_RETURN_IF_ERROR(check(s.lora_rank > 0, "lora_rank", "> 0", count(s.lora_rank)));
   RF_RETURN_IF_ERROR(check(s.lora_alpha > 0, "lora_alpha", "> 0", s.lora_alpha));

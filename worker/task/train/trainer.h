@@ -42,7 +42,7 @@ enum class OptimizerKind { kMuon, kAdamW };
 struct TrainSettings {
   OptimizerKind optimizer = OptimizerKind::kMuon;
   double learning_rate = 2e-3;       // at its peak
-  double temperature = 1;            // > 0
+  double temperature = 1;            // in [0.5, 8], the logit cache's range
   double kl_weight = 1;              // in [0, 1]
   int64_t lora_rank = 16;
   double lora_alpha = 32;

@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "tests/support/vectors.h"
-#include "worker/task/distill/kd_row.h"
+#include "worker/task/distill/tail_grid.h"
 
 namespace refinery::distill {
 namespace {
@@ -27,7 +27,9 @@ TeacherRows RowsOf(const at::Tensor& logits, int64_t k) {
   const at::Tensor log_p = logits.to(at::kDouble).log_softmax(1);
   const auto [top, ids] = log_p.topk(k, 1);
   const at::Tensor rest = log_p.scatter(1, ids, -std::numeric_limits<double>::infinity());
-  return {ids.to(at::kInt), top.to(at::kFloat), rest.logsumexp({1}).to(at::kFloat)};
+  std::vector<at::Tensor> grid;
+  for (const double inverse : kInverseTemperatures) grid.push_back((rest * inverse).logsumexp({1}));
+  return {ids.to(at::kInt), top.to(at::kFloat), rest.logsumexp({1}).to(at::kFloat), at::stack(grid, 1).to(at::kFloat)};
 }
 
 struct Problem {
@@ -54,15 +56,12 @@ struct Reference {
   at::Tensor loss, kl, cross_entropy;
 };
 
-// Dense float64 with autograd: flatten the teacher's tail, temper both sides, sum the rest into one bucket, textbook
-// KL.
+// Dense float64 with autograd: temper both sides whole, sum the rest into one bucket, textbook KL.
 Reference DenseReference(const at::Tensor& hidden, const Problem& problem, const KdSettings& settings) {
   const at::Tensor logits = hidden.matmul(problem.head.to(at::kDouble).t());
   const at::Tensor ids = problem.teacher.ids.to(at::kLong);
   const at::Tensor outside = at::ones_like(logits).scatter(1, ids, 0.0);
-  const at::Tensor p = problem.teacher_logits.to(at::kDouble).softmax(1);
-  const at::Tensor share = (p * outside).sum(1, true) / outside.sum(1, true);
-  const at::Tensor p_t = (at::where(outside > 0, share, p).log() / settings.temperature).softmax(1);
+  const at::Tensor p_t = (problem.teacher_logits.to(at::kDouble) / settings.temperature).softmax(1);
   const at::Tensor q_t = (logits / settings.temperature).softmax(1);
   const auto buckets = [&](const at::Tensor& x) { return at::cat({x.gather(1, ids), (x * outside).sum(1, true)}, 1); };
   const at::Tensor p_b = buckets(p_t);
@@ -188,7 +187,8 @@ TEST(KdLossTest, MicroBatchesAddUp) {
   double loss = 0, kl = 0;
   for (const auto& [begin, count] : {std::pair(0, 3), std::pair(3, 0), std::pair(3, 7)}) {
     const TeacherRows part{problem.teacher.ids.narrow(0, begin, count), problem.teacher.logits.narrow(0, begin, count),
-                           problem.teacher.tail_logits.narrow(0, begin, count)};
+                           problem.teacher.tail_logits.narrow(0, begin, count),
+                           problem.teacher.tail_log_partitions.narrow(0, begin, count)};
     const KdResult result = KdLoss(problem.hidden.narrow(0, begin, count), problem.head,
                                    problem.targets.narrow(0, begin, count), part, settings, 10);
     result.loss.backward();
@@ -200,35 +200,18 @@ TEST(KdLossTest, MicroBatchesAddUp) {
   EXPECT_LT(RelativeError(problem.hidden.grad(), gradient), 1e-5);
 }
 
-// Goal: the T^2 of Hinton et al.: with it the gradient does not fade. Method: their high-temperature limit, in which
-// T^2 dKL_T/dz -> (z - v) / V for centred logits z, v; K = V - 1, so that every logit is compared.
+// Goal: the T^2 of Hinton et al.: with it the gradient does not fade. Method: their limit of a temperature high against
+// the logits, in which T^2 dKL_T/dz -> (z - v) / V for centred logits z, v; K = V - 1, so that every logit is compared.
 TEST(KdLossTest, ReachesTheHighTemperatureLimit) {
   const int64_t v = 12;
-  const at::Tensor head = at::eye(v);
-  const at::Tensor z = Random({1, v}, 5).requires_grad_(true);
-  const at::Tensor t = Random({1, v}, 6);
-  const KdResult result = KdLoss(z, head, at::zeros({1}, at::kLong), RowsOf(t, v - 1), {.temperature = 1000});
+  const at::Tensor head = at::eye(v, at::kDouble);
+  const at::Tensor z = (0.02 * Random({1, v}, 5)).to(at::kDouble).requires_grad_(true);
+  const at::Tensor t = (0.02 * Random({1, v}, 6)).to(at::kDouble);
+  const KdResult result = KdLoss(z, head, at::zeros({1}, at::kLong), RowsOf(t, v - 1), {.temperature = 8});
   const at::Tensor centred = z.detach() - z.detach().mean() - (t - t.mean());
   EXPECT_LT(RelativeError(GradientOf(result.loss, z), centred / v), 1e-2);
-  EXPECT_NEAR(result.loss.item<double>(), (centred * centred).sum().item<double>() / (2 * v), 1e-2);
-  EXPECT_NEAR(result.loss.item<double>(), 1e6 * result.kl, 1e-4);
-}
-
-// Goal: the documented rule for the teacher's tail. Method: a teacher whose tail is flat, for which it is exact.
-TEST(TeacherAtTemperatureTest, IsExactForAFlatTail) {
-  const at::Tensor logits = at::tensor({2.0, 1.0, -1.0, -1.0, -1.0, -1.0, -1.0}, at::kDouble).unsqueeze(0);
-  const TeacherRows rows = RowsOf(logits, 2);
-  for (const double temperature : {0.5, 1.0, 3.0}) {
-    const at::Tensor wanted = (logits / temperature).softmax(1);
-    double log_p[2];
-    TeacherDistribution p{.log_probabilities = log_p};
-    TeacherAtTemperature(
-        {rows.ids.data_ptr<int32_t>(), rows.logits.data_ptr<float>(), rows.tail_logits[0].item<float>(), 2}, 7,
-        temperature, &p);
-    EXPECT_NEAR(std::exp(log_p[0]), wanted[0][0].item<double>(), 1e-7);
-    EXPECT_NEAR(std::exp(log_p[1]), wanted[0][1].item<double>(), 1e-7);
-    EXPECT_NEAR(std::exp(p.tail_log_probability), 5 * wanted[0][2].item<double>(), 1e-7);
-  }
+  EXPECT_NEAR(result.loss.item<double>() / ((centred * centred).sum().item<double>() / (2 * v)), 1, 1e-2);
+  EXPECT_NEAR(result.loss.item<double>() / (64 * result.kl), 1, 1e-12);
 }
 
 // Goal: a tail far below float32's resolution of 1 still counts. Method: closed form; outside mass e^-40, entries flat.
@@ -282,6 +265,18 @@ TEST(KdLossTest, RefusesIdsOutsideTheVocabulary) {
   problem.teacher.ids[0][3] = -1;
   EXPECT_THROW(KdLoss(problem.hidden, problem.head, problem.targets, problem.teacher, {}), c10::Error);
   EXPECT_THROW(KdLoss(problem.hidden, problem.head, problem.targets, {}, {}), c10::Error);
+}
+
+TEST(KdLossTest, RefusesATemperatureOutsideTheGrid) {
+  const Problem problem = MakeProblem(3, 301, 16, at::kFloat);
+  for (const double temperature : {0.49, 8.01}) {
+    EXPECT_THROW(KdLoss(problem.hidden, problem.head, problem.targets, problem.teacher, {.temperature = temperature}),
+                 c10::Error);
+  }
+  TeacherRows without = problem.teacher;
+  without.tail_log_partitions = at::Tensor();
+  EXPECT_THROW(KdLoss(problem.hidden, problem.head, problem.targets, without, {.temperature = 2}), c10::Error);
+  EXPECT_GT(KdLoss(problem.hidden, problem.head, problem.targets, without, {}).kl, 0);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "common/files.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/vectors.h"
+#include "worker/task/distill/tail_grid.h"
 
 namespace refinery::distill {
 namespace {
@@ -71,6 +72,11 @@ TEST_F(LogitCacheTest, ReturnsTheTeachersDistribution) {
     EXPECT_LT(MaxDifference(rows->logits, sorted.narrow(1, 0, kTopK)), 1e-5);
     const at::Tensor tail = sorted.narrow(1, kTopK, kVocabulary - kTopK).exp().sum(1).log();
     EXPECT_LT(MaxDifference(rows->tail_logits, tail), 1e-5);
+    for (size_t g = 0; g < kInverseTemperatures.size(); ++g) {
+      const at::Tensor tempered = sorted.narrow(1, kTopK, kVocabulary - kTopK) * kInverseTemperatures[g];
+      EXPECT_LT(MaxDifference(rows->tail_log_partitions.select(1, static_cast<int64_t>(g)), tempered.logsumexp({1})),
+                1e-5);
+    }
   }
 }
 
@@ -111,7 +117,10 @@ TEST_F(LogitCacheTest, RefusesAnIndexThatDoesNotFit) {
     SetIndex(index);
     EXPECT_THAT(LogitCache::Open(folder_), StatusIs(absl::StatusCode::kDataLoss, HasSubstr(message))) << pointer;
   };
-  refused("/version", 2, "version 2");
+  refused("/version", 1, "version 1, wanted 'refinery.logit_cache' version 2; make the logit cache again");
+  refused("/version", 3, "version 3");
+  refused("/inverse_temperatures", nullptr, "'inverse_temperatures'");
+  refused("/inverse_temperatures/3", 1.3, "'inverse_temperatures'");
   refused("/format", "other", "'other'");
   refused("/top_k", 9, "'ids'");
   refused("/top_k", 0, "top_k");
@@ -142,6 +151,7 @@ TEST_F(LogitCacheTest, KeepsTheWholeVocabularyWhenTopKCoversIt) {
   const auto rows = (*cache)->Get("a");
   ASSERT_THAT(rows, IsOk());
   EXPECT_TRUE(at::isneginf(rows->tail_logits).all().item<bool>());
+  EXPECT_TRUE(at::isneginf(TailAtTemperature(rows->tail_logits, rows->tail_log_partitions, 1.5)).all().item<bool>());
   EXPECT_NEAR(rows->logits.exp().sum().item<double>(), 2, 1e-5);
 }
 

@@ -202,7 +202,9 @@ TEST(TrainTest, RefusesSettingsThatCannotWork) {
     EXPECT_THAT(TrainOnce(run), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
   };
   refused([](TrainSettings& s) { s.learning_rate = 0; }, "learning_rate must be > 0");
-  refused([](TrainSettings& s) { s.temperature = -1; }, "temperature must be > 0, is -1");
+  refused([](TrainSettings& s) { s.temperature = -1; }, "temperature must be in [0.5, 8], is -1");
+  refused([](TrainSettings& s) { s.temperature = 0.49; }, "temperature must be in [0.5, 8], is 0.49");
+  refused([](TrainSettings& s) { s.temperature = 8.1; }, "temperature must be in [0.5, 8], is 8.1");
   refused([](TrainSettings& s) { s.kl_weight = 1.5; }, "kl_weight must be in [0, 1]");
   refused([](TrainSettings& s) { s.lora_rank = 0; }, "lora_rank");
   refused([](TrainSettings& s) { s.steps = 0; }, "steps");

@@ -48,21 +48,38 @@ def inspect(task, work, name, model, dtype, adapter=None):
     return tokens["prompts"], tokens["greedy"], load_file(os.path.join(out, "logits.safetensors"))
 
 
+def tie(model, prompt, ours, theirs, bound):
+    """Whether the first difference of two greedy texts is a near-tie: the peer's own margin is within the logits' bound."""
+    at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+    logits = model(torch.tensor([prompt + theirs[:at]])).logits[0, -1].float()
+    return ((logits[theirs[at]] - logits[ours[at]]) / (logits.max() - logits.min())).item() < bound
+
+
 @torch.inference_mode()
-def compare(name, model, prompts, greedy, logits, bound):
-    """bound: on the greatest absolute difference of logits, relative to the range of the peer's logits when float32."""
+def compare(name, model, prompts, greedy, logits, bound, ties=False):
+    """bound: on the difference of logits relative to the range of the peer's logits: on the greatest one, or with `ties`
+    (bfloat16, where two kernels round differently at every step) on the root of the mean square; then greedy texts may also part
+    at a near-tie."""
     worst = 0.0
+    square = 0.0
     same = 0
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
         theirs = model(ids).logits[0].float()
         ours = logits[f"logits.{i}"]
-        worst = max(worst, ((ours - theirs).abs().max() / (theirs.max() - theirs.min())).item())
+        difference = (ours - theirs) / (theirs.max() - theirs.min())
+        worst = max(worst, difference.abs().max().item())
+        square = max(square, difference.square().mean().sqrt().item())
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
                              eos_token_id=None, pad_token_id=0, repetition_penalty=1.0)
-        same += out[0, len(prompt):].tolist() == greedy[i]
-    check(f"{name}: logits, greatest difference / range", f"{worst:.2e}", f"{bound:.0e}", worst < bound)
-    check(f"{name}: greedy {NEW_TOKENS} tokens equal", f"{same} of {len(prompts)}", f"{len(prompts)}", same == len(prompts))
+        text = out[0, len(prompt):].tolist()
+        same += text == greedy[i] or (ties and tie(model, prompt, greedy[i], text, bound))
+    if ties:
+        check(f"{name}: logits, rms difference / range", f"{square:.2e} (max {worst:.1e})", f"{bound:.0e}", square < bound)
+    else:
+        check(f"{name}: logits, greatest difference / range", f"{worst:.2e}", f"{bound:.0e}", worst < bound)
+    check(f"{name}: greedy {NEW_TOKENS} tokens {'equal up to near-ties' if ties else 'equal'}", f"{same} of {len(prompts)}",
+          f"{len(prompts)}", same == len(prompts))
 
 
 def main():
@@ -84,10 +101,11 @@ def main():
     compare("adapter, float32, peft", PeftModel.from_pretrained(model, adapter).eval(), prompts, greedy, logits, 1e-3)
 
     gptq = os.path.join(artifact, "gptq")
-    for dtype, bound in (("float32", 1e-3), ("bfloat16", 2e-2)):
+    # gptqmodel dequantizes in 16 bits, whatever the model's dtype: 4e-4 of the range is its rounding.
+    for dtype, bound in (("float32", 1e-3), ("bfloat16", 5e-3)):
         prompts, greedy, logits = inspect(task, work, "gptq-" + dtype, gptq, dtype)
         model = AutoModelForCausalLM.from_pretrained(gptq, dtype=getattr(torch, dtype), device_map="cpu").eval()
-        compare(f"GPTQ artifact, {dtype}, transformers + gptqmodel", model, prompts, greedy, logits, bound)
+        compare(f"GPTQ artifact, {dtype}, transformers + gptqmodel", model, prompts, greedy, logits, bound, ties=dtype != "float32")
 
     print(f"{sum(rows)} passed, {len(rows) - sum(rows)} failed")
     sys.exit(0 if all(rows) else 1)

@@ -1,13 +1,16 @@
 # The commands that people type. Everything else is CMake (see CMakePresets.json).
-.PHONY: demo test parity install build clean
+.PHONY: demo test parity install install-model build programs clean
 
 PRESET ?= dev
 BUILD := build/$(PRESET)
 export CCACHE_SLOPPINESS := pch_defines,time_macros
 export CCACHE_MAXSIZE ?= 10G
+# The same source in another folder is the same source.
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= 1
 
 # The main job on a real model, from a fresh machine to a report.
-demo: install-model build
+demo: install-model programs
 	$(BUILD)/bin/refinery data pull arc_easy
 	$(BUILD)/bin/refinery run deploy/recipes/demo.yaml
 
@@ -25,11 +28,14 @@ install:
 install-model:
 	deploy/install_dependencies.sh model
 
-build:
-	@test -f $(BUILD)/build.ninja || cmake --preset $(PRESET)
+build: $(BUILD)/build.ninja
 	cmake --build $(BUILD)
+
+programs: $(BUILD)/build.ninja
+	cmake --build $(BUILD) --target refineryd refinery-worker refinery-task refinery
+
+$(BUILD)/build.ninja:
+	cmake --preset $(PRESET)
 
 clean:
 	rm -rf build
-
-.PHONY: install-model

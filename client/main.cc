@@ -66,7 +66,8 @@ int main(int argc, char** argv) {
   // Flags of the program may stand behind a command, and are read before its callback runs.
   app.parse_complete_callback([&] {
     globals.json = format == "json";
-    globals.coordinator_given = app.count("--coordinator") > 0 || std::getenv("REFINERY_COORDINATOR") != nullptr;
+    const char* environment = std::getenv("REFINERY_COORDINATOR");   // set but empty counts as unset
+    globals.coordinator_given = app.count("--coordinator") > 0 || (environment != nullptr && *environment != '\0');
     if (!data_folder.empty()) globals.data_folder = data_folder;
   });
   AddCommands(app, globals, result);

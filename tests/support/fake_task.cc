@@ -81,7 +81,7 @@ int main(int argc, char** argv) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != std::atoi(flags["--parent-pid"].c_str())) return 1;
   nlohmann::json spec = nlohmann::json::parse(ReadText(flags["--spec"]));
-  std::stringstream uri(spec["importModel"].value("uri", "succeed"));
+  std::stringstream uri(spec.value("importModel", nlohmann::json::object()).value("uri", "succeed"));
   std::string verb, first, second;
   std::getline(uri, verb, ':');
   std::getline(uri, first, ':');

@@ -127,9 +127,13 @@ Status CheckOptimizer(const v1::Optimizer& optimizer) {
   return NotNegative("distill.optimizer.adamw.weight_decay", adamw.weight_decay());
 }
 
+// The logit cache knows the teacher's exact partition at these temperatures and between them (docs/formats.md).
+constexpr double kMinTemperature = 0.5;
+constexpr double kMaxTemperature = 8;
+
 Status CheckDistill(const v1::Distill& distill) {
   RF_RETURN_IF_ERROR(Between("distill.kl_weight", distill.kl_weight(), 0, 1));
-  RF_RETURN_IF_ERROR(Positive("distill.temperature", distill.temperature()));
+  RF_RETURN_IF_ERROR(Between("distill.temperature", distill.temperature(), kMinTemperature, kMaxTemperature));
   RF_RETURN_IF_ERROR(Between("distill.top_k", distill.top_k(), 1, 65536));
   RF_RETURN_IF_ERROR(Between("distill.lora.rank", distill.lora().rank(), 1, 4096));
   RF_RETURN_IF_ERROR(Positive("distill.lora.lora_alpha", distill.lora().lora_alpha()));
@@ -160,6 +164,9 @@ Status CheckRange(const std::string& field, const v1::Parameter& parameter) {
   if (parameter.name() == "kl_weight") {
     RF_RETURN_IF_ERROR(Between(Join(field, ".min"), parameter.min(), 0, 1));
     RF_RETURN_IF_ERROR(Between(Join(field, ".max"), parameter.max(), 0, 1));
+  } else if (parameter.name() == "temperature") {
+    RF_RETURN_IF_ERROR(Between(Join(field, ".min"), parameter.min(), kMinTemperature, kMaxTemperature));
+    RF_RETURN_IF_ERROR(Between(Join(field, ".max"), parameter.max(), kMinTemperature, kMaxTemperature));
   } else if (parameter.name() == "lora_rank") {
     for (const auto& [name, value] : {std::pair{".min", parameter.min()}, std::pair{".max", parameter.max()}}) {
       RF_RETURN_IF_ERROR(Between(field + name, value, 1, 4096));

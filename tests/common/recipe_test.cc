@@ -144,7 +144,7 @@ TEST(RecipeTest, AZeroThatWouldMeanTheDefaultIsRefused) {
 }
 
 TEST(RecipeTest, ErrorsOfChecksNameTheLine) {
-  EXPECT_EQ(Error("distill:\n  temperature: -1\n"), "r.yaml:5: distill.temperature must be > 0, is -1");
+  EXPECT_EQ(Error("distill:\n  temperature: -1\n"), "r.yaml:5: distill.temperature must be from 0.5 to 8, is -1");
   EXPECT_EQ(Error("search:\n  trials: 2\n  parameters:\n    - name: temperature\n      min: 2\n      max: 1\n"),
             "r.yaml:9: search.parameters[0].max must be above min (2), is 1");
 }

@@ -10,7 +10,8 @@
 #include <cstring>
 
 #ifdef REFINERY_CUDA
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <cuda_runtime_api.h>
 #endif
 
 namespace refinery::runtime {
@@ -19,7 +20,7 @@ at::Device DefaultDevice() {
   const char* wanted = std::getenv("REFINERY_DEVICE");
   if (wanted != nullptr && std::strlen(wanted) > 0) return at::Device(std::string(wanted));
 #ifdef REFINERY_CUDA
-  if (at::hasCUDA() && at::cuda::device_count() > 0) return at::Device(at::kCUDA, 0);
+  if (at::hasCUDA() && c10::cuda::device_count() > 0) return at::Device(at::kCUDA, 0);
 #endif
   return at::Device(at::kCPU);
 }
@@ -27,8 +28,9 @@ at::Device DefaultDevice() {
 std::string DescribeDevice(at::Device device) {
 #ifdef REFINERY_CUDA
   if (device.is_cuda()) {
-    const cudaDeviceProp* p = at::cuda::getDeviceProperties(device.index() < 0 ? 0 : device.index());
-    return Join(p->name, ", ", static_cast<uint64_t>(p->totalGlobalMem >> 30), " GiB");
+    cudaDeviceProp properties{};
+    if (cudaGetDeviceProperties(&properties, device.index() < 0 ? 0 : device.index()) == cudaSuccess)
+      return Join(properties.name, ", ", static_cast<uint64_t>(properties.totalGlobalMem >> 30), " GiB");
   }
 #endif
   return Join(device.str(), ", ", at::get_num_threads(), " threads, ", at::get_cpu_capability());

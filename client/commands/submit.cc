@@ -1,7 +1,5 @@
 // refinery submit, refinery plan.
 
-#include <stdlib.h>
-
 #include <iostream>
 
 #include "client/commands/commands.h"
@@ -10,6 +8,7 @@
 #include "client/recipe_input.h"
 #include "client/render/json.h"
 #include "common/grpc_status.h"
+#include "common/temporary_folder.h"
 
 namespace refinery::client {
 namespace {
@@ -50,16 +49,8 @@ StatusOr<int> Plan(const std::string& recipe, const Globals& globals) {
     return PrintPlan(connection, input, globals.json);
   }
   // Planning is the coordinator's work: one of our own, for this question only.
-  std::string folder = (std::filesystem::temp_directory_path() / "refinery-plan-XXXXXX").string();
-  if (::mkdtemp(folder.data()) == nullptr) return FailedPrecondition("cannot make a folder like ", folder);
-  struct Remove {
-    std::string folder;
-    ~Remove() {
-      std::error_code error;
-      std::filesystem::remove_all(folder, error);
-    }
-  } remove{folder};
-  RF_ASSIGN_OR_RETURN(std::unique_ptr<LocalPrograms> programs, LocalPrograms::Open({.state = folder, .worker = false}));
+  RF_ASSIGN_OR_RETURN(TemporaryFolder folder, TemporaryFolder::Make("refinery-plan"));
+  RF_ASSIGN_OR_RETURN(std::unique_ptr<LocalPrograms> programs, LocalPrograms::Open({.state = folder.path(), .worker = false}));
   Status started = programs->Start();
   StatusOr<Connection> connection = started.ok() ? Connect(programs->address()) : started;
   StatusOr<int> result = connection.ok() ? PrintPlan(*connection, input, globals.json) : connection.status();

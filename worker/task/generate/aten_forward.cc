@@ -29,6 +29,20 @@ class AtenForward final : public Forward {
     return true;
   }
 
+  void Release() override {
+    keys_.clear();
+    values_.clear();
+    slots_ = capacity_ = 0;
+  }
+
+  int64_t CacheBytes(int64_t slots, int64_t capacity) const override {
+    const model::ModelConfig& c = model_->config();
+    return 2 * slots * capacity * c.num_layers * c.num_kv_heads * c.head_dim * model_->embed_tokens.element_size();
+  }
+
+  // The libraries below choose their kernels by the number of rows.
+  bool RowInvariant(StepKind) const override { return false; }
+
   void CopyPrefix(int64_t from, int64_t to, int64_t length) override {
     for (const std::vector<at::Tensor>* cache : {&keys_, &values_}) {
       for (const at::Tensor& layer : *cache) layer[to].narrow(0, 0, length).copy_(layer[from].narrow(0, 0, length));

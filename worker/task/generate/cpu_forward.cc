@@ -21,6 +21,7 @@ using simd::Bf16;
 
 constexpr int64_t kFewTokens = 32;      // up to here our products beat ATen's
 constexpr int64_t kCapacityUnit = 64;   // cache capacity in positions is a multiple of this
+constexpr int64_t kRotaryBytes = 2 * sizeof(float);  // cos_ and sin_, per position and dimension of a head
 constexpr int64_t kOutputUnit = 16;     // outputs of a product are shared out in whole cache lines
 // Products (weights x tokens) of one layer below which barriers cost more than a second thread brings.
 constexpr int64_t kWorthSharing = 400000;
@@ -41,6 +42,17 @@ class CpuForward final : public Forward {
   }
 
   bool Reserve(int64_t slots, int64_t capacity) override;
+  void Release() override {
+    keys_.clear();
+    values_.clear();
+    slots_ = capacity_ = 0;
+  }
+  int64_t CacheBytes(int64_t slots, int64_t capacity) const override {
+    const int64_t positions = (capacity + kCapacityUnit - 1) / kCapacityUnit * kCapacityUnit;
+    return positions * d_ * (2 * slots * m_ * config_.num_layers * static_cast<int64_t>(sizeof(T)) + kRotaryBytes);
+  }
+  // Every sum of StepFew runs over one token's own numbers in an order that the number of tokens does not change.
+  bool RowInvariant(StepKind kind) const override { return kind == StepKind::kDecode; }
   void CopyPrefix(int64_t from, int64_t to, int64_t length) override;
   at::Tensor Step(const StepBatch& batch) override;
 
@@ -151,7 +163,8 @@ void CpuForward<T>::Lay(const StepBatch& batch) {
 template <typename T>
 at::Tensor CpuForward<T>::Step(const StepBatch& batch) {
   Lay(batch);
-  return Tokens() <= kFewTokens ? StepFew() : StepMany(batch);
+  const bool few = batch.kind == StepKind::kAny ? Tokens() <= kFewTokens : batch.kind == StepKind::kDecode;
+  return few ? StepFew() : StepMany(batch);
 }
 
 template <typename T>

@@ -24,9 +24,18 @@ struct Run {
   bool wants_logits = false;  // of its last token
 };
 
+// Which way a step is computed. kDecode and kPrompt fix the way, so that the same token at the same place of the same sequence
+// never goes one way in one batch and another way in the next.
+enum class StepKind {
+  kAny,     // the fastest for this many tokens
+  kDecode,  // runs of one token each
+  kPrompt,  // pieces of prompts, of any length
+};
+
 struct StepBatch {
   std::vector<int64_t> token_ids;  // of all runs, end to end
   std::vector<Run> runs;           // different slots
+  StepKind kind = StepKind::kAny;
 };
 
 class Forward {
@@ -35,10 +44,17 @@ class Forward {
   // Makes room for `slots` sequences of `capacity` tokens each; what the cache held is gone when it had to grow.
   // Returns whether it grew.
   virtual bool Reserve(int64_t slots, int64_t capacity) = 0;
+  // Frees the cache, so that the next Reserve may give fewer slots or less room than the last.
+  virtual void Release() = 0;
+  // Bytes that Reserve takes at most, on empty hands, for the cache and what grows with it.
+  virtual int64_t CacheBytes(int64_t slots, int64_t capacity) const = 0;
   // The first `length` positions of slot `to` become those of slot `from`.
   virtual void CopyPrefix(int64_t from, int64_t to, int64_t length) = 0;
   // Fills the cache; returns logits of the runs that want them, in their order: [R, V] float32 on the CPU.
   virtual at::Tensor Step(const StepBatch& batch) = 0;
+  // Whether in a step of this kind a token's result depends on its own sequence alone, to the last bit: what else is in the
+  // step changes nothing. Where it does not hold, the engine's deterministic mode puts one run into a step.
+  virtual bool RowInvariant(StepKind kind) const = 0;
 };
 
 // The implementation that suits the model. The model must not change while the object lives.

@@ -12,7 +12,7 @@ set -euo pipefail
 readonly deps_dir=${REFINERY_DEPS_DIR:-$HOME/.cache/refinery/deps}
 readonly models_dir=${REFINERY_MODELS_DIR:-$HOME/.cache/refinery/models}
 readonly torch_dir=$deps_dir/torch-2.11.0
-readonly minimum_rust=1.82
+readonly minimum_rust=1.87
 
 # wheel name and version | platform arguments | SHA-256
 readonly torch_wheel='torch==2.11.0|--python-version 3.11 --implementation cp --platform manylinux_2_28_x86_64|7aa2f9bbc6d4595ba72138026b2074be1233186150e9292865e04b7a63b8c67a'
@@ -64,7 +64,7 @@ install_rust() {
     if command -v "$cargo" >/dev/null && rust_is_recent "$cargo"; then return 0; fi
   done
   apt-cache show cargo-web >/dev/null 2>&1 || as_root apt-get update -qq
-  for package in cargo-web cargo-1.89 cargo-1.85 cargo-1.84 cargo-1.83 cargo-1.82; do
+  for package in cargo-web cargo-1.91 cargo-1.89; do
     if apt-cache show "$package" >/dev/null 2>&1; then
       say "installing Rust: $package ${package/cargo/rustc}"
       as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" \

@@ -1,7 +1,7 @@
 // worker/task/rust/bridge.h
 //
-// The C interface to the Rust crates `tokenizers` (Hugging Face) and `minijinja` (chat templates). Only
-// worker/task/tokenizer uses it; everything else uses the C++ class there.
+// The C interface to the Rust crates `tokenizers` (Hugging Face), `minijinja` (chat templates) and `llguidance`
+// (constrained decoding). Only worker/task/tokenizer uses it; everything else uses the C++ classes there.
 //
 // Text is UTF-8 with an explicit length, never NUL-terminated. Functions that can fail return 0 on success; otherwise
 // they return 1, fill `error` with one sentence and leave the outputs empty. A Rust panic is such an error: nothing
@@ -20,6 +20,8 @@ extern "C" {
 
 typedef struct RbTokenizer RbTokenizer;
 typedef struct RbTemplate RbTemplate;
+typedef struct RbConstraintFactory RbConstraintFactory;
+typedef struct RbConstraint RbConstraint;
 
 typedef struct RbText {
   const char* data;
@@ -63,6 +65,34 @@ void RbTemplateFree(RbTemplate* chat_template);
 // Renders with the variables of a JSON object. strftime_now formats `now_seconds` since 1970 in UTC.
 int RbTemplateRender(const RbTemplate* chat_template, RbText context_json, int64_t now_seconds, RbString* out,
                      RbString* error);
+
+// What constraints of one tokenizer share: the bytes of its tokens as a tree. `end_ids` end a text (at least one). Masks
+// cover max(vocab_size, the tokenizer's ids) tokens; ids without a token are never allowed.
+int RbConstraintFactoryNew(const RbTokenizer* tokenizer, const uint32_t* end_ids, size_t end_count, size_t vocab_size,
+                           RbConstraintFactory** out, RbString* error);
+void RbConstraintFactoryFree(RbConstraintFactory* factory);
+// Tokens that masks cover; 0 after a panic.
+size_t RbConstraintFactoryVocabSize(const RbConstraintFactory* factory);
+enum { kRbJsonSchema = 0, kRbRegex = 1, kRbLark = 2 };
+// A constraint lives on after its factory is freed.
+int RbConstraintNew(const RbConstraintFactory* factory, int kind, RbText source, RbConstraint** out, RbString* error);
+void RbConstraintFree(RbConstraint* constraint);
+// Fills `words` with the tokens that may come next: bit t % 32 of word t / 32.
+int RbConstraintMask(RbConstraint* constraint, uint32_t* words, size_t word_count, RbString* error);
+// Appends a token. One that is not allowed is an error and changes nothing.
+int RbConstraintAccept(RbConstraint* constraint, uint32_t token, RbString* error);
+// Whether nothing but the end may follow (also after an end token or a failure).
+bool RbConstraintFinished(const RbConstraint* constraint);
+// Whether the text so far is complete.
+bool RbConstraintCanStop(RbConstraint* constraint);
+
+// A data file as JSON lines: Parquet, Arrow (file or stream), CSV, a JSON list or JSONL, told apart by content and extension.
+// `columns`: names separated by line breaks, empty for all. Errors name the row and the column, not the file.
+typedef struct RbTable RbTable;
+int RbTableOpen(RbText path, RbText columns, RbTable** out, RbString* error);
+// The next rows, each a JSON object and a line break; empty at the end. Memory follows the batch, not the file.
+int RbTableNext(RbTable* table, RbString* rows, RbString* error);
+void RbTableFree(RbTable* table);
 
 #ifdef __cplusplus
 }  // extern "C"

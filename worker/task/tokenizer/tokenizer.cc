@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "common/files.h"
-#include "worker/task/rust/bridge.h"
+#include "worker/task/tokenizer/bridge_text.h"
 
 namespace refinery::tokenizer {
 namespace {
@@ -14,24 +14,6 @@ using nlohmann::json;
 
 constexpr uint64_t kMaxTokenizerBytes = uint64_t{256} << 20;
 constexpr uint64_t kMaxConfigBytes = uint64_t{16} << 20;
-
-RbText TextOf(std::string_view text) { return {text.data(), text.size()}; }
-
-// An output of the bridge, freed when it goes out of scope.
-struct OwnedString : RbString {
-  OwnedString() : RbString{nullptr, 0, 0} {}
-  ~OwnedString() { RbStringFree(this); }
-  OwnedString(const OwnedString&) = delete;
-  OwnedString& operator=(const OwnedString&) = delete;
-  std::string Take() const { return data == nullptr ? std::string() : std::string(data, size); }
-};
-
-struct OwnedIds : RbIds {
-  OwnedIds() : RbIds{nullptr, 0, 0} {}
-  ~OwnedIds() { RbIdsFree(this); }
-  OwnedIds(const OwnedIds&) = delete;
-  OwnedIds& operator=(const OwnedIds&) = delete;
-};
 
 // The object in `path`; an empty object when the file does not exist.
 StatusOr<json> ReadOptionalObject(const std::filesystem::path& path) {
@@ -203,6 +185,8 @@ StatusOr<std::string> Tokenizer::ApplyChatTemplate(const std::vector<ChatMessage
   return rendered.Take();
 }
 
+const std::string& Tokenizer::folder() const { return impl_->folder; }
+const RbTokenizer* Tokenizer::bridge() const { return impl_->tokenizer; }
 int64_t Tokenizer::vocab_size() const { return static_cast<int64_t>(RbTokenizerVocabSize(impl_->tokenizer)); }
 std::optional<int32_t> Tokenizer::bos_id() const { return impl_->bos_id; }
 const std::vector<int32_t>& Tokenizer::end_ids() const { return impl_->end_ids; }

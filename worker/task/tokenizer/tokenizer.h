@@ -18,6 +18,8 @@
 
 #include "common/status.h"
 
+struct RbTokenizer;
+
 namespace refinery::tokenizer {
 
 struct ChatMessage {
@@ -51,6 +53,7 @@ class Tokenizer {
   StatusOr<std::string> ApplyChatTemplate(const std::vector<ChatMessage>& messages, bool add_generation_prompt,
                                           const ChatOptions& options) const;
 
+  const std::string& folder() const;  // what Load was given
   int64_t vocab_size() const;
   std::optional<int32_t> bos_id() const;
   // Every id that ends a generation (eos_token and generation_config's list).
@@ -58,7 +61,9 @@ class Tokenizer {
   std::optional<int32_t> IdOf(std::string_view token) const;
 
  private:
+  friend class ConstraintFactory;
   struct Impl;
+  const RbTokenizer* bridge() const;
   explicit Tokenizer(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

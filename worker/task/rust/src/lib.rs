@@ -1,9 +1,12 @@
 //! The C interface declared in bridge.h. Every entry point runs under `guard`, which turns errors and panics into text.
 
 mod chat_template;
+mod constraint;
+mod table;
 mod text_tokenizer;
 
 use chat_template::ChatTemplate;
+use constraint::{Constraint, ConstraintFactory, Kind};
 use std::os::raw::{c_char, c_int};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Once;
@@ -192,4 +195,87 @@ pub unsafe extern "C" fn RbTemplateRender(
         store_string(out, (*chat_template).render(context_json.as_str()?, now_seconds)?);
         Ok(())
     })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintFactoryNew(
+    tokenizer: *const TextTokenizer,
+    end_ids: *const u32,
+    end_count: usize,
+    vocab_size: usize,
+    out: *mut *mut ConstraintFactory,
+    error: *mut RbString,
+) -> c_int {
+    guard(error, || {
+        let end_ids = if end_count == 0 { &[][..] } else { std::slice::from_raw_parts(end_ids, end_count) };
+        *out = Box::into_raw(Box::new(ConstraintFactory::new(&*tokenizer, end_ids, vocab_size)?));
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintFactoryFree(factory: *mut ConstraintFactory) {
+    if !factory.is_null() {
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(Box::from_raw(factory))));
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintFactoryVocabSize(factory: *const ConstraintFactory) -> usize {
+    catch_unwind(AssertUnwindSafe(|| (*factory).vocab_size())).unwrap_or(0)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintNew(
+    factory: *const ConstraintFactory,
+    kind: c_int,
+    source: RbText,
+    out: *mut *mut Constraint,
+    error: *mut RbString,
+) -> c_int {
+    guard(error, || {
+        let kind = match kind {
+            0 => Kind::JsonSchema,
+            1 => Kind::Regex,
+            2 => Kind::Lark,
+            other => return Err(format!("no kind of constraint {other}")),
+        };
+        *out = Box::into_raw(Box::new((*factory).constraint(kind, source.as_str()?)?));
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintFree(constraint: *mut Constraint) {
+    if !constraint.is_null() {
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(Box::from_raw(constraint))));
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintMask(
+    constraint: *mut Constraint,
+    words: *mut u32,
+    word_count: usize,
+    error: *mut RbString,
+) -> c_int {
+    guard(error, || {
+        let words = if word_count == 0 { &mut [][..] } else { std::slice::from_raw_parts_mut(words, word_count) };
+        (*constraint).mask(words)
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintAccept(constraint: *mut Constraint, token: u32, error: *mut RbString) -> c_int {
+    guard(error, || (*constraint).accept(token))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintFinished(constraint: *const Constraint) -> bool {
+    catch_unwind(AssertUnwindSafe(|| (*constraint).finished())).unwrap_or(true)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbConstraintCanStop(constraint: *mut Constraint) -> bool {
+    catch_unwind(AssertUnwindSafe(|| (*constraint).can_stop())).unwrap_or(false)
 }

@@ -1,7 +1,8 @@
 //! A thin layer over `tokenizers::Tokenizer` with the defaults of transformers' fast tokenizers.
 
+use std::collections::HashMap;
 use tokenizers::processors::template::{Template, TemplateProcessing};
-use tokenizers::Tokenizer;
+use tokenizers::{DecoderWrapper, Tokenizer};
 
 pub struct TextTokenizer {
     inner: Tokenizer,
@@ -52,4 +53,114 @@ impl TextTokenizer {
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
+
+    /// The bytes that each token stands for within a text. Empty: an id without a token. Special tokens start with 0xFF,
+    /// which no text contains.
+    pub fn token_bytes(&self) -> Result<Vec<Vec<u8>>, String> {
+        let style = ByteStyle::of(self.inner.get_decoder())?;
+        let vocabulary = self.inner.get_vocab(true);
+        let size = vocabulary.values().max().map_or(0, |&id| id as usize + 1);
+        if size > MAX_TOKEN_IDS {
+            return Err(format!("the greatest token id is {}", size - 1));
+        }
+        let mut words = vec![Vec::new(); size];
+        for (token, id) in vocabulary {
+            words[id as usize] = style.bytes_of(&token);
+        }
+        for (id, token) in self.inner.get_added_tokens_decoder() {
+            let mut bytes = token.content.into_bytes();
+            if token.special {
+                bytes.insert(0, 0xff);
+            }
+            if let Some(word) = words.get_mut(id as usize) {
+                *word = bytes;
+            }
+        }
+        // Longer than any word of a language: a token that no constraint needs.
+        words.iter_mut().filter(|word| word.len() > MAX_TOKEN_BYTES).for_each(|word| word.clear());
+        Ok(words)
+    }
+}
+
+const MAX_TOKEN_IDS: usize = 1 << 22;
+const MAX_TOKEN_BYTES: usize = 255;
+
+/// How a tokenizer's decoder turns the text of a token into bytes.
+enum ByteStyle {
+    ByteLevel(HashMap<char, u8>),
+    Spaced { space: String, byte_fallback: bool },
+}
+
+impl ByteStyle {
+    fn of(decoder: Option<&DecoderWrapper>) -> Result<Self, String> {
+        let mut parts = Vec::new();
+        flatten(decoder, &mut parts);
+        let mut space = None;
+        let mut byte_fallback = false;
+        for part in parts {
+            match part {
+                DecoderWrapper::ByteLevel(_) => return Ok(Self::ByteLevel(byte_level_map())),
+                DecoderWrapper::ByteFallback(_) => byte_fallback = true,
+                DecoderWrapper::Metaspace(m) => space = Some(m.get_replacement().to_string()),
+                DecoderWrapper::Replace(r) => {
+                    let value = serde_json::to_value(r).map_err(|error| error.to_string())?;
+                    if let (Some(pattern), Some(" ")) = (value["pattern"]["String"].as_str(), value["content"].as_str()) {
+                        space = Some(pattern.to_string());
+                    }
+                }
+                _ => {}
+            }
+        }
+        match (space, byte_fallback) {
+            (None, false) => Err("the decoder is neither byte-level nor SentencePiece-like, so the bytes of its tokens \
+                                  are not known"
+                .to_string()),
+            (space, byte_fallback) => Ok(Self::Spaced { space: space.unwrap_or(" ".to_string()), byte_fallback }),
+        }
+    }
+
+    fn bytes_of(&self, token: &str) -> Vec<u8> {
+        match self {
+            // As the decoder does: a token with a letter outside the alphabet stands for its own text.
+            Self::ByteLevel(map) => token
+                .chars()
+                .map(|letter| map.get(&letter).copied())
+                .collect::<Option<Vec<u8>>>()
+                .unwrap_or_else(|| token.as_bytes().to_vec()),
+            Self::Spaced { space, byte_fallback } => {
+                let hex = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+                match hex.filter(|hex| *byte_fallback && hex.len() == 2).map(|hex| u8::from_str_radix(hex, 16)) {
+                    Some(Ok(byte)) => vec![byte],
+                    _ => token.replace(space.as_str(), " ").into_bytes(),
+                }
+            }
+        }
+    }
+}
+
+fn flatten<'a>(decoder: Option<&'a DecoderWrapper>, parts: &mut Vec<&'a DecoderWrapper>) {
+    match decoder {
+        Some(DecoderWrapper::Sequence(sequence)) => {
+            sequence.get_decoders().iter().for_each(|part| flatten(Some(part), parts));
+        }
+        Some(part) => parts.push(part),
+        None => {}
+    }
+}
+
+/// GPT-2's alphabet: bytes that print stand for themselves, the others for letters from U+0100 on, in order.
+fn byte_level_map() -> HashMap<char, u8> {
+    let prints = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    let mut next = 0x100;
+    let mut map = HashMap::new();
+    for byte in 0..=255u8 {
+        let letter = if prints(byte) {
+            u32::from(byte)
+        } else {
+            next += 1;
+            next - 1
+        };
+        map.insert(char::from_u32(letter).unwrap_or('\u{fffd}'), byte);
+    }
+    map
 }

@@ -26,7 +26,19 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=4.0, low_freq_facto
               original_max_position_embeddings=64)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
 LINEAR = dict(rope_type="linear", rope_theta=5000.0, factor=2.0)
+# Beyond 16 positions: the long sequence by its length, the greedy texts step by step.
+DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=3.0)
+YARN_MSCALE = dict(rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=32, mscale=0.8,
+                   mscale_all_dim=0.5, truncate=False, beta_fast=16.0, beta_slow=2.0)
+YARN_ATTENTION = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64,
+                      attention_factor=1.25)
 
+
+def sized(**changes):
+    return {**SIZES, **changes}
+
+
+# The order gives the seeds: add at the end. The names stand in tiny_models.h, too.
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama_llama3_bias": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True,
@@ -35,6 +47,15 @@ MODELS = {
     "mistral_window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
     "qwen2_yarn": (Qwen2ForCausalLM, Qwen2Config(**SIZES, rope_parameters=YARN, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "llama_dynamic": (LlamaForCausalLM, LlamaConfig(**sized(max_position_embeddings=16), rope_parameters=DYNAMIC)),
+    "mistral_null_yarn": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None, rope_parameters=YARN_ATTENTION)),
+    "qwen3_yarn_mscale": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, rope_parameters=YARN_MSCALE,
+                                                        tie_word_embeddings=True, attention_bias=True)),
+    "qwen2_window": (Qwen2ForCausalLM, Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "qwen2_mixed_window": (Qwen2ForCausalLM, Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5,
+                                                         max_window_layers=1)),
+    "qwen3_mixed_window": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, use_sliding_window=True, sliding_window=7,
+                                                         layer_types=["sliding_attention", "full_attention"])),
 }
 SEQUENCES = [[1, 5, 9, 33, 60, 2, 17, 8, 8, 40, 3, 21], [1, 7], [4, 4, 50, 12, 30, 31, 32, 33, 34, 35, 36, 37]]
 LONG = [(7 * i * i + 3 * i + 1) % 61 for i in range(48)]

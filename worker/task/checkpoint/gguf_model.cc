@@ -10,27 +10,19 @@
 #include "common/files.h"
 #include "worker/task/checkpoint/gguf_tokenizer.h"
 #include "worker/task/checkpoint/safetensors_writer.h"
+#include "worker/task/families/family.h"
 
 namespace refinery::checkpoint {
 namespace {
 
+using families::Bias;
+using families::Family;
+using families::Window;
 using nlohmann::json;
 using nlohmann::ordered_json;
 
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 constexpr int64_t kPartElements = int64_t{4} << 20;  // weights converted at a time
-
-struct Architecture {
-  std::string_view gguf;
-  const char* model_type;
-  const char* class_name;
-  bool interleaved;  // Q and K rows
-};
-constexpr Architecture kArchitectures[] = {
-    {"llama", "llama", "LlamaForCausalLM", true},
-    {"qwen2", "qwen2", "Qwen2ForCausalLM", false},
-    {"qwen3", "qwen3", "Qwen3ForCausalLM", false},
-};
 
 // GGUF stores floats in 32 bits: 1e-5 reads as 9.99999974e-06. The shortest decimal that rounds to the same float is
 // what the model's author wrote.
@@ -59,7 +51,7 @@ class Describer {
   }
 
  private:
-  std::string Key(const char* field) const { return Join(architecture_->gguf, ".", field); }
+  std::string Key(const char* field) const { return Join(family_->gguf, ".", field); }
 
   StatusOr<int64_t> Size(const char* field, std::optional<int64_t> fallback = std::nullopt) const {
     std::optional<int64_t> value = file_.Int(Key(field));
@@ -73,13 +65,10 @@ class Describer {
     if (file_.Int("split.count").value_or(1) > 1)
       return InvalidArgument(name_, " is one part of a split model; merge the parts with llama-gguf-split first");
     std::string_view wanted = file_.String("general.architecture").value_or("");
-    std::string known;
-    for (const Architecture& one : kArchitectures) {
-      if (one.gguf == wanted) architecture_ = &one;
-      known += Join(known.empty() ? "" : ", ", one.gguf);
-    }
-    if (architecture_ == nullptr)
-      return InvalidArgument(name_, ": the architecture \"", wanted, "\" is not supported (known: ", known, ")");
+    family_ = families::FindGguf(wanted);
+    if (family_ == nullptr)
+      return InvalidArgument(name_, ": the architecture \"", wanted, "\" is not supported (known: ",
+                             families::KnownGgufArchitectures(), ")");
     return absl::OkStatus();
   }
 
@@ -113,7 +102,7 @@ class Describer {
       return DataLoss(name_, ": the tensor ", from, " has the shape [", ShapeText(tensor->shape), "], not [",
                       ShapeText(shape), "]");
     ++mapped_;
-    model_.weights[to] = {tensor, architecture_->interleaved ? heads : 0};
+    model_.weights[to] = {tensor, family_->gguf_interleaved ? heads : 0};
     return absl::OkStatus();
   }
 
@@ -160,10 +149,12 @@ class Describer {
     bool qkv_bias = file_.Find("blk.0.attn_q.bias") != nullptr;
     bool o_bias = file_.Find("blk.0.attn_output.bias") != nullptr;
     bool qk_norm = file_.Find("blk.0.attn_q_norm.weight") != nullptr;
-    std::string_view kind = architecture_->gguf;
-    if ((kind == "llama" && qkv_bias != o_bias) || (kind == "qwen2" && (!qkv_bias || o_bias)) ||
-        (kind == "qwen3" && qkv_bias != o_bias) || qk_norm != (kind == "qwen3"))
-      return InvalidArgument(name_, ": this combination of attention biases and norms is not known for ", kind);
+    const auto fits = [](Bias bias, bool has) { return bias == Bias::kConfigured || has == (bias == Bias::kAlways); };
+    // One field of config.json stands for both kinds of bias where they are configured.
+    const bool both = family_->qkv_bias == Bias::kConfigured && family_->output_bias == Bias::kConfigured;
+    if (!fits(family_->qkv_bias, qkv_bias) || !fits(family_->output_bias, o_bias) || (both && qkv_bias != o_bias) ||
+        qk_norm != family_->qk_norm)
+      return InvalidArgument(name_, ": this combination of attention biases and norms is not known for ", family_->gguf);
     attention_bias_ = qkv_bias;
     return absl::OkStatus();
   }
@@ -172,7 +163,7 @@ class Describer {
     for (const auto& [name, tensor] : file_.tensors()) {
       bool used = name == "rope_freqs.weight";
       for (const auto& [to, source] : model_.weights) used = used || source.tensor == &tensor;
-      if (!used) return InvalidArgument(name_, ": the tensor ", name, " has no place in ", architecture_->class_name);
+      if (!used) return InvalidArgument(name_, ": the tensor ", name, " has no place in ", std::string(family_->architecture));
     }
     return Internal("tensors of ", name_, " were counted wrongly");
   }
@@ -213,8 +204,8 @@ class Describer {
       return DataLoss(name_, ": the RMS norm epsilon or the rotary base is missing or out of range");
     RF_ASSIGN_OR_RETURN(int64_t context, Size("context_length"));
     ordered_json& config = model_.config;
-    config["architectures"] = {architecture_->class_name};
-    config["model_type"] = architecture_->model_type;
+    config["architectures"] = {std::string(family_->architecture)};
+    config["model_type"] = std::string(family_->model_type);
     config["vocab_size"] = vocab_size_;
     config["hidden_size"] = hidden_;
     config["intermediate_size"] = feed_forward_;
@@ -231,9 +222,9 @@ class Describer {
     config["initializer_range"] = 0.02;
     config["use_cache"] = true;
     config["torch_dtype"] = "bfloat16";
-    if (architecture_->gguf != "qwen2") config["attention_bias"] = attention_bias_;
-    if (architecture_->gguf == "llama") config["mlp_bias"] = false;
-    if (architecture_->gguf != "llama") config["use_sliding_window"] = false;
+    if (family_->qkv_bias == Bias::kConfigured) config["attention_bias"] = attention_bias_;
+    if (family_->mlp_bias == Bias::kConfigured) config["mlp_bias"] = false;
+    if (family_->window == Window::kByLayer) config["use_sliding_window"] = false;
     return absl::OkStatus();
   }
 
@@ -302,7 +293,7 @@ class Describer {
 
   const GgufFile& file_;
   std::string name_;
-  const Architecture* architecture_ = nullptr;
+  const Family* family_ = nullptr;
   int64_t layers_ = 0, hidden_ = 0, feed_forward_ = 0, heads_ = 0, kv_heads_ = 0, head_dim_ = 0, vocab_size_ = 0;
   bool attention_bias_ = false, tied_ = false;
   size_t mapped_ = 0;

@@ -18,6 +18,7 @@
 #include "worker/task/checkpoint/gguf.h"
 #include "worker/task/checkpoint/gguf_model.h"
 #include "worker/task/checkpoint/model_folder.h"
+#include "worker/task/families/family.h"
 
 namespace refinery::checkpoint {
 namespace {
@@ -31,8 +32,6 @@ constexpr char kFactsFile[] = "import.json";
 constexpr uint64_t kMaxFactsBytes = 1 << 20;
 constexpr int64_t kSettledSeconds = 3;
 constexpr size_t kDigestPrefix = sizeof("sha256:") - 1;
-constexpr const char* kArchitectures[] = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
-                                          "Qwen3ForCausalLM"};
 
 fs::path PathOf(const std::string& uri) {
   constexpr std::string_view kScheme = "file://";
@@ -88,11 +87,9 @@ StatusOr<ModelRef> DescribeFolder(const fs::path& folder, const std::optional<fs
   if (!architectures.is_array() || architectures.empty() || !architectures[0].is_string())
     return InvalidArgument(config_file, ": architectures is missing");
   ref.architecture = architectures[0].get<std::string>();
-  std::string known;
-  for (const char* name : kArchitectures) known += Join(known.empty() ? "" : ", ", name);
-  if (std::find(std::begin(kArchitectures), std::end(kArchitectures), ref.architecture) == std::end(kArchitectures))
-    return InvalidArgument(config_file, ": the architecture ", ref.architecture, " is not supported (known: ", known,
-                           ")");
+  if (families::FindArchitecture(ref.architecture) == nullptr)
+    return InvalidArgument(config_file, ": the architecture ", ref.architecture, " is not supported (known: ",
+                           families::KnownArchitectures(), ")");
   json vocab_size = model->config().value("vocab_size", json());
   if (!vocab_size.is_number_unsigned()) return InvalidArgument(config_file, ": vocab_size is missing");
   ref.vocab_size = vocab_size.get<uint64_t>();

@@ -1,8 +1,11 @@
 #include "worker/task/runtime/torch.h"
 // The precompiled header comes first.
+#include <span>
+
 #include "worker/task/model/causal_lm.h"
 #include "worker/task/model/ops.h"
 #include "worker/task/model/projection.h"
+#include "worker/task/model/rope.h"
 
 namespace refinery::model {
 
@@ -20,23 +23,39 @@ at::Tensor CausalLm::Embed(const at::Tensor& token_ids) const {
   return embed_tokens.index_select(0, token_ids);
 }
 
-Rotary CausalLm::MakeRotary(const at::Tensor& positions) const {
-  if (config_.rope_scaling.type == "dynamic" && positions.numel() > 0) {
-    TORCH_CHECK(positions.max().item<int64_t>() < config_.max_position,
-                "rope type 'dynamic' works up to max_position_embeddings ", config_.max_position, " here");
-  }
-  const at::Tensor angles = positions.to(at::kFloat).unsqueeze(1) * inverse_frequencies_;
+Rotary CausalLm::Turned(const at::Tensor& positions, const at::Tensor& frequencies) const {
+  const at::Tensor angles = positions.to(at::kFloat).unsqueeze(1) * frequencies;
   const at::Tensor both = at::cat({angles, angles}, 1);
   if (attention_scaling_ == 1) return {both.cos(), both.sin()};
   return {both.cos().mul_(attention_scaling_), both.sin().mul_(attention_scaling_)};
 }
 
+Rotary CausalLm::MakeRotary(const at::Tensor& positions) const {
+  TORCH_CHECK(config_.layer_windows.empty(), "decoding step by step knows one sliding window for all layers, not one per layer");
+  if (config_.rope_scaling.type != "dynamic") return Turned(positions, inverse_frequencies_);
+  const at::Tensor on_cpu = positions.to(at::kCPU).contiguous();
+  std::vector<at::Tensor> rows;
+  for (const int64_t position : std::span(on_cpu.data_ptr<int64_t>(), static_cast<size_t>(on_cpu.numel()))) {
+    rows.push_back(position < config_.max_position ? inverse_frequencies_
+                                                   : DynamicFrequencies(config_, position + 1).to(device()));
+  }
+  return rows.empty() ? Turned(positions, inverse_frequencies_) : Turned(positions, at::stack(rows));
+}
+
 Rotary CausalLm::MakeRotary(const std::vector<int64_t>& lengths) const {
+  const bool dynamic = config_.rope_scaling.type == "dynamic";
   std::vector<int64_t> positions;
+  std::vector<at::Tensor> rows;  // frequencies of each sequence, for dynamic scaling
+  bool stretched = false;
   for (int64_t length : lengths) {
     for (int64_t p = 0; p < length; ++p) positions.push_back(p);
+    if (!dynamic) continue;
+    const bool beyond = length > config_.max_position;
+    stretched = stretched || beyond;
+    rows.push_back((beyond ? DynamicFrequencies(config_, length).to(device()) : inverse_frequencies_).expand({length, -1}));
   }
-  return MakeRotary(at::tensor(positions, at::kLong).to(device()));
+  const at::Tensor where = at::tensor(positions, at::kLong).to(device());
+  return Turned(where, stretched ? at::cat(rows) : inverse_frequencies_);
 }
 
 at::Tensor CausalLm::Normalize(const at::Tensor& x, const at::Tensor& weight) const {
@@ -55,8 +74,8 @@ at::Tensor NormalizeHeads(const CausalLm& model, const DecoderLayer& layer, cons
   return at::cat({normalized(q, layer.q_norm), normalized(k, layer.k_norm), v}, 1);
 }
 
-AttentionShape ShapeOf(const ModelConfig& config) {
-  return {config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window};
+AttentionShape ShapeOf(const ModelConfig& config, const DecoderLayer& layer) {
+  return {config.num_heads, config.num_kv_heads, config.head_dim, layer.sliding_window};
 }
 
 }  // namespace
@@ -64,7 +83,7 @@ AttentionShape ShapeOf(const ModelConfig& config) {
 at::Tensor CausalLm::Attend(const DecoderLayer& layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const std::vector<int64_t>& lengths, const Rotary& rotary) const {
   const at::Tensor qkv = config_.qk_norm ? NormalizeHeads(*this, layer, q, k, v) : at::cat({q, k, v}, 1);
-  return PackedAttention(qkv, rotary.cos, rotary.sin, lengths, ShapeOf(config_));
+  return PackedAttention(qkv, rotary.cos, rotary.sin, lengths, ShapeOf(config_, layer));
 }
 
 at::Tensor CausalLm::ForwardLayer(const DecoderLayer& layer, const at::Tensor& hidden, const std::vector<int64_t>& lengths,
@@ -75,7 +94,7 @@ at::Tensor CausalLm::ForwardLayer(const DecoderLayer& layer, const at::Tensor& h
         qkv.split_with_sizes({layer.q.weight.size(0), layer.k.weight.size(0), layer.v.weight.size(0)}, 1);
     qkv = NormalizeHeads(*this, layer, parts[0], parts[1], parts[2]);
   }
-  const at::Tensor context = PackedAttention(qkv, rotary.cos, rotary.sin, lengths, ShapeOf(config_));
+  const at::Tensor context = PackedAttention(qkv, rotary.cos, rotary.sin, lengths, ShapeOf(config_, layer));
   const at::Tensor middle = hidden + layer.o(context);
   const at::Tensor gate_up = Project(Normalize(middle, layer.post_attention_norm), {&layer.gate, &layer.up});
   return middle + layer.down(SiluMul(gate_up));

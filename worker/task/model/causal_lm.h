@@ -40,6 +40,7 @@ struct DecoderLayer {
   at::Tensor post_attention_norm;   // [H]
   at::Tensor q_norm, k_norm;        // [d], Qwen3 only
   Linear q, k, v, o, gate, up, down;
+  int64_t sliding_window = 0;       // tokens that a query sees, itself included; 0 = all before it
 
   // In GPTQ's order: q k v, o, gate up, down.
   std::vector<Linear*> Linears();
@@ -83,8 +84,13 @@ class CausalLm {
 
   // Stages, in the order of a forward pass.
   at::Tensor Embed(const at::Tensor& token_ids) const;                              // [T] -> [T, H]
-  Rotary MakeRotary(const at::Tensor& positions) const;                             // [T] int64
-  Rotary MakeRotary(const std::vector<int64_t>& lengths) const;                     // positions restart per sequence
+  // Of whole sequences, whose positions restart at 0. With "dynamic" scaling a sequence longer than max_position turns by the
+  // frequencies of its length.
+  Rotary MakeRotary(const std::vector<int64_t>& lengths) const;
+  // Of tokens at those positions [T] int64 that are decoded one after the other: with "dynamic" scaling a token at or beyond
+  // max_position turns by the frequencies of the sequence that ends with it, however prompts are cut into steps. This is what
+  // transformers does beyond a prompt of up to max_position tokens; there, a longer prompt turns by its own length at once.
+  Rotary MakeRotary(const at::Tensor& positions) const;
   at::Tensor Normalize(const at::Tensor& x, const at::Tensor& weight) const;        // RMS norm
   // q [T, n*d], k and v [T, m*d] before the rotary embedding -> context [T, n*d], causal within each sequence.
   at::Tensor Attend(const DecoderLayer& layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -106,6 +112,9 @@ class CausalLm {
  private:
   // The layer an adapter's module names, after checking the factors' shapes.
   StatusOr<Linear*> AdaptedLinear(const std::string& module, const checkpoint::LoraPair& pair);
+
+  // cos and sin of positions [T] times frequencies [d/2] or [T, d/2].
+  Rotary Turned(const at::Tensor& positions, const at::Tensor& frequencies) const;
 
   ModelConfig config_;
   at::Tensor inverse_frequencies_;  // [d/2] float32

@@ -127,7 +127,9 @@ StatusOr<std::shared_ptr<CausalLm>> CausalLm::Load(const ModelConfig& config, co
   model->layers.resize(static_cast<size_t>(config.num_layers));
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string prefix = Join("model.layers.", i, ".");
-    RF_RETURN_IF_ERROR(ReadLayer(reader, config, prefix, model->layers[static_cast<size_t>(i)]));
+    DecoderLayer& layer = model->layers[static_cast<size_t>(i)];
+    layer.sliding_window = config.WindowOf(i);
+    RF_RETURN_IF_ERROR(ReadLayer(reader, config, prefix, layer));
   }
   return model;
 }

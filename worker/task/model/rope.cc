@@ -26,26 +26,45 @@ at::Tensor Yarn(const at::Tensor& inverse, const RopeScaling& s, double theta, i
   const auto dimension = [&](double turns) {
     return d * std::log(static_cast<double>(s.original_max_position) / (turns * 2 * std::numbers::pi)) / (2 * std::log(theta));
   };
-  const double low = std::max(std::floor(dimension(s.beta_fast)), 0.0);
-  double high = std::min(std::ceil(dimension(s.beta_slow)), d - 1);
+  double low = dimension(s.beta_fast), high = dimension(s.beta_slow);
+  if (s.truncate) {
+    low = std::floor(low);
+    high = std::ceil(high);
+  }
+  low = std::max(low, 0.0);
+  high = std::min(high, d - 1);
   if (high == low) high += 0.001;
-  const at::Tensor ramp = ((at::arange(head_dim / 2, at::kFloat) - low) / (high - low)).clamp(0, 1);
-  return inverse / s.factor * ramp + inverse * (1 - ramp);
+  const at::Tensor kept = 1 - ((at::arange(head_dim / 2, at::kFloat) - low) / (high - low)).clamp(0, 1);
+  return inverse / s.factor * (1 - kept) + inverse * kept;
 }
+
+double YarnAttention(const RopeScaling& s) {
+  const auto magnitude = [&](double mscale) { return s.factor <= 1 ? 1.0 : 0.1 * mscale * std::log(s.factor) + 1.0; };
+  if (s.attention_factor) return *s.attention_factor;
+  if (s.mscale != 0 && s.mscale_all_dim != 0) return magnitude(s.mscale) / magnitude(s.mscale_all_dim);
+  return magnitude(1);
+}
+
+at::Tensor Exponents(int64_t head_dim) { return at::arange(0, head_dim, 2, at::kFloat) / static_cast<double>(head_dim); }
 
 }  // namespace
 
 RopeFrequencies MakeRopeFrequencies(const ModelConfig& config) {
   const RopeScaling& s = config.rope_scaling;
-  const at::Tensor exponent = at::arange(0, config.head_dim, 2, at::kFloat) / static_cast<double>(config.head_dim);
-  const at::Tensor inverse = 1.0 / at::pow(config.rope_theta, exponent);
+  const at::Tensor inverse = 1.0 / at::pow(config.rope_theta, Exponents(config.head_dim));
   if (s.type == "linear") return {inverse / s.factor, 1};
   if (s.type == "llama3") return {Llama3(inverse, s), 1};
-  if (s.type == "yarn") {
-    const double derived = s.factor <= 1 ? 1.0 : 0.1 * std::log(s.factor) + 1.0;
-    return {Yarn(inverse, s, config.rope_theta, config.head_dim), s.attention_factor > 0 ? s.attention_factor : derived};
-  }
+  if (s.type == "yarn") return {Yarn(inverse, s, config.rope_theta, config.head_dim), YarnAttention(s)};
   return {inverse, 1};
+}
+
+at::Tensor DynamicFrequencies(const ModelConfig& config, int64_t length) {
+  TORCH_CHECK(length > config.max_position && config.head_dim > 2, "DynamicFrequencies: length ", length);
+  const double factor = config.rope_scaling.factor, d = static_cast<double>(config.head_dim);
+  // The length is a tensor there, so that the base is a float32.
+  const at::Tensor stretch = at::scalar_tensor(length, at::kLong) * factor / static_cast<double>(config.max_position) - (factor - 1);
+  const at::Tensor base = stretch.pow(d / (d - 2)) * config.rope_theta;
+  return 1.0 / at::pow(base, Exponents(config.head_dim));
 }
 
 }  // namespace refinery::model

@@ -22,6 +22,7 @@ double MaxDifference(const at::Tensor& a, const at::Tensor& b) {
 
 class TinyModelTest : public ::testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(All, TinyModelTest, ::testing::ValuesIn(kTinyModels));
+INSTANTIATE_TEST_SUITE_P(ForwardOnly, TinyModelTest, ::testing::ValuesIn(kForwardModels));
 
 // Goal: float32 logits equal transformers' (every architecture, rope scaling, bias, window).  Method: committed answers, all
 // sequences in one packed batch, so that a leak across borders would show.
@@ -85,6 +86,36 @@ TEST_P(TinyModelTest, StagesEqualForwardLayer) {
   const at::Tensor normed2 = model->Normalize(middle, layer.post_attention_norm);
   const at::Tensor out = middle + layer.down(at::silu(layer.gate(normed2)) * layer.up(normed2));
   EXPECT_LT(MaxDifference(out, model->ForwardLayer(layer, hidden, batch.lengths, rotary)), 1e-5);
+}
+
+// Goal: greedy texts equal transformers', which rotates each new token by the frequencies of its own moment (dynamic scaling
+// passes max_position here).  Method: the cached decoder's arithmetic, written as a forward pass over the whole text whose
+// rotary embedding is that of single tokens.
+TEST_P(TinyModelTest, GreedyTextsEqualTransformers) {
+  const c10::InferenceMode inference;
+  const json vectors = TinyVectors(GetParam());
+  const auto model = TinyModel(vectors, at::kFloat);
+  for (size_t i = 0; i < vectors["greedy"].size(); ++i) {
+    std::vector<int64_t> ids = vectors["answers"][i]["ids"].get<std::vector<int64_t>>();
+    const std::vector<int64_t> expected = vectors["greedy"][i].get<std::vector<int64_t>>();
+    const size_t prompt = ids.size();
+    while (ids.size() < prompt + expected.size()) {
+      const std::vector<int64_t> lengths = {static_cast<int64_t>(ids.size())};
+      const bool mixed = !model->config().layer_windows.empty();
+      const Rotary rotary = mixed ? model->MakeRotary(lengths) : model->MakeRotary(at::arange(lengths[0], at::kLong));
+      at::Tensor hidden = model->Embed(at::tensor(ids, at::kLong));
+      for (const DecoderLayer& layer : model->layers) hidden = model->ForwardLayer(layer, hidden, lengths, rotary);
+      ids.push_back(model->Logits(model->Normalize(hidden[-1], model->final_norm)).argmax().item<int64_t>());
+    }
+    EXPECT_EQ(std::vector<int64_t>(ids.begin() + static_cast<int64_t>(prompt), ids.end()), expected) << i;
+  }
+}
+
+// Goal: where the decoder reads one window for all layers, a model with several is refused, not run wrongly.
+TEST(CausalLmTest, WindowsPerLayerAreRefusedStepByStep) {
+  const auto model = TinyModel(TinyVectors("qwen2_mixed_window"), at::kFloat);
+  EXPECT_THROW(model->MakeRotary(at::arange(3, at::kLong)), c10::Error);
+  EXPECT_NO_THROW(model->MakeRotary(std::vector<int64_t>{3}));
 }
 
 TEST(CausalLmTest, Stories260KLogitsEqualTransformers) {

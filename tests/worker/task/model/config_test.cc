@@ -19,7 +19,7 @@ json Llama() {
 }
 
 json With(json config, const json& changes) {
-  config.update(changes);
+  if (!changes.is_null()) config.update(changes);
   return config;
 }
 
@@ -67,6 +67,60 @@ TEST(ModelConfigTest, DefaultsFollowTheArchitecture) {
   EXPECT_EQ(mistral->sliding_window, 0);
 }
 
+// Goal: windows per layer follow transformers' rules for Qwen2 and Qwen3.  Oracle: the rules, by hand.
+TEST(ModelConfigTest, WindowsPerLayer) {
+  const auto windows = [](const json& changes) {
+    const StatusOr<ModelConfig> read = ModelConfig::FromJson(With(With(Llama(), {{"architectures", {"Qwen2ForCausalLM"}}}), changes));
+    EXPECT_TRUE(read.ok()) << read.status();
+    std::vector<int64_t> all;
+    for (int64_t i = 0; i < 5; ++i) all.push_back(read->WindowOf(i));
+    return all;
+  };
+  const json on = {{"use_sliding_window", true}, {"sliding_window", 8}};
+  EXPECT_THAT(windows({}), ElementsAre(0, 0, 0, 0, 0));
+  EXPECT_THAT(windows({{"sliding_window", 8}}), ElementsAre(0, 0, 0, 0, 0));
+  EXPECT_THAT(windows(on), ElementsAre(0, 0, 0, 0, 0));  // max_window_layers is 28
+  EXPECT_THAT(windows(With(on, {{"max_window_layers", 3}})), ElementsAre(0, 0, 0, 8, 8));
+  EXPECT_THAT(windows(With(on, {{"max_window_layers", 0}})), ElementsAre(8, 8, 8, 8, 8));
+  EXPECT_THAT(windows({{"use_sliding_window", true}, {"max_window_layers", 4}}), ElementsAre(0, 0, 0, 0, 4096));
+  EXPECT_THAT(windows({{"use_sliding_window", true}, {"sliding_window", nullptr}, {"max_window_layers", 0}}),
+              ElementsAre(0, 0, 0, 0, 0));
+  json types(5, "full_attention");
+  types[1] = "sliding_attention";
+  EXPECT_THAT(windows(With(on, {{"layer_types", types}, {"max_window_layers", 0}})), ElementsAre(0, 8, 0, 0, 0));
+}
+
+// Goal: what a silent or null field means is what transformers' configuration classes say.  Oracle: their defaults, by hand.
+TEST(ModelConfigTest, SilentAndNullFields) {
+  json silent = Llama();
+  silent.erase("num_key_value_heads");
+  silent["num_attention_heads"] = 32;
+  const auto kv_heads = [&](const char* architecture, const json& changes) {
+    const StatusOr<ModelConfig> read = ModelConfig::FromJson(With(With(silent, {{"architectures", {architecture}}}), changes));
+    return read.ok() ? read->num_kv_heads : 0;
+  };
+  EXPECT_EQ(kv_heads("LlamaForCausalLM", {}), 32);
+  EXPECT_EQ(kv_heads("MistralForCausalLM", {}), 8);
+  EXPECT_EQ(kv_heads("Qwen2ForCausalLM", {}), 32);
+  EXPECT_EQ(kv_heads("MistralForCausalLM", {{"num_key_value_heads", nullptr}}), 32);
+  const StatusOr<ModelConfig> mistral = ModelConfig::FromJson(
+      With(Llama(), {{"architectures", {"MistralForCausalLM"}}, {"head_dim", nullptr}, {"use_sliding_window", false}}));
+  ASSERT_TRUE(mistral.ok()) << mistral.status();
+  EXPECT_EQ(mistral->sliding_window, 4096);  // Mistral knows no use_sliding_window
+  EXPECT_EQ(mistral->head_dim, 8);
+  // Where both spellings stand, rope_scaling counts; the base within counts more than beside; yarn derives a null factor.
+  const StatusOr<ModelConfig> both = ModelConfig::FromJson(With(
+      Llama(), {{"rope_theta", 1e4}, {"original_max_position_embeddings", 128}, {"rope_parameters", {{"rope_type", "default"}}},
+                {"rope_scaling", {{"type", "yarn"}, {"factor", nullptr}, {"rope_theta", 5e5}, {"beta_fast", nullptr},
+                                  {"original_max_position_embeddings", 64}}}}));
+  ASSERT_TRUE(both.ok()) << both.status();
+  EXPECT_EQ(both->rope_scaling.type, "yarn");
+  EXPECT_EQ(both->rope_scaling.factor, 4);  // 512 / 128
+  EXPECT_EQ(both->rope_scaling.beta_fast, 32);
+  EXPECT_FALSE(both->rope_scaling.attention_factor.has_value());
+  EXPECT_EQ(both->rope_theta, 5e5);
+}
+
 TEST(ModelConfigTest, ErrorsNameTheFieldAndWhatIsKnown) {
   const auto message = [](const json& config) {
     const StatusOr<ModelConfig> read = ModelConfig::FromJson(config);
@@ -83,9 +137,20 @@ TEST(ModelConfigTest, ErrorsNameTheFieldAndWhatIsKnown) {
   EXPECT_THAT(message(With(Llama(), {{"hidden_act", "gelu"}})), HasSubstr("gelu"));
   EXPECT_THAT(message(With(Llama(), {{"rope_scaling", {{"rope_type", "longrope"}}}})), HasSubstr("longrope"));
   EXPECT_THAT(message(With(Llama(), {{"eos_token_id", 512}})), HasSubstr("eos_token_id"));
-  EXPECT_THAT(message(With(Llama(), {{"architectures", {"Qwen2ForCausalLM"}}, {"sliding_window", 8},
-                                     {"use_sliding_window", true}, {"max_window_layers", 2}})),
-              HasSubstr("sliding_window"));
+  const json qwen2 = With(Llama(), {{"architectures", {"Qwen2ForCausalLM"}}});
+  EXPECT_THAT(message(With(qwen2, {{"layer_types", {"full_attention"}}, {"use_sliding_window", true}})), HasSubstr("layer_types"));
+  const json sliding(5, "sliding_attention");
+  EXPECT_THAT(message(With(qwen2, {{"layer_types", sliding}})), HasSubstr("use_sliding_window"));
+  EXPECT_THAT(message(With(qwen2, {{"layer_types", json(5, "linear_attention")}})), HasSubstr("linear_attention"));
+  EXPECT_THAT(message(With(qwen2, {{"use_sliding_window", true}, {"sliding_window", 0}})), HasSubstr("null switches it off"));
+  const auto scaled = [&](const json& rope) { return message(With(Llama(), {{"rope_parameters", rope}})); };
+  EXPECT_THAT(scaled({{"rope_type", "linear"}}), HasSubstr("'factor' is missing"));
+  EXPECT_THAT(scaled({{"rope_type", "llama3"}, {"factor", 8}, {"high_freq_factor", 4}}), HasSubstr("low_freq_factor"));
+  EXPECT_THAT(scaled({{"rope_type", "yarn"}, {"factor", 4}, {"beta_fast", -1}}), HasSubstr("beta_fast"));
+  EXPECT_THAT(scaled({{"rope_type", "linear"}, {"factor", -2}}), HasSubstr("contradictory"));
+  EXPECT_THAT(scaled({{"partial_rotary_factor", 0.5}}), HasSubstr("partial_rotary_factor"));
+  EXPECT_THAT(scaled({{"full_attention", {{"rope_type", "default"}}}}), HasSubstr("full_attention"));
+  EXPECT_THAT(message(With(Llama(), {{"num_hidden_layers", 1 << 20}})), HasSubstr("num_hidden_layers"));
   EXPECT_THAT(message(json::array()), HasSubstr("not a JSON object"));
 }
 

@@ -38,6 +38,7 @@ void AddCommands(CLI::App& app, Globals& globals, refinery::client::Result& resu
   AddReport(app, globals, result);
   AddWorker(app, globals, result);
   AddData(app, globals, result);
+  AddEval(app, globals, result);
   AddVersion(app, globals, result);
   AddCompletion(app, globals, result);
 }

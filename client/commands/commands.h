@@ -30,5 +30,6 @@ void AddWorker(CLI::App& app, Globals& globals, Result& result);
 void AddVersion(CLI::App& app, Globals& globals, Result& result);
 void AddCompletion(CLI::App& app, Globals& globals, Result& result);
 void AddData(CLI::App& app, Globals& globals, Result& result);
+void AddEval(CLI::App& app, Globals& globals, Result& result);
 
 }  // namespace refinery::client

@@ -15,6 +15,8 @@
 #include <cstdio>
 
 #include "common/files.h"
+#include "worker/task/data/table.h"
+#include "worker/task/eval_command.h"
 #include "worker/task/inspect.h"
 #include "worker/task/start.h"
 
@@ -38,6 +40,54 @@ void KeepFreedPages() {
 int Fail(const absl::Status& status) {
   std::fprintf(stderr, "refinery-task: %s\n", refinery::Message(status).c_str());
   return 2;
+}
+
+// The flags of `refinery eval`; the client hands them on as they are.
+CLI::App* AddEval(CLI::App& app, refinery::task::EvalOptions& eval) {
+  CLI::App* command = app.add_subcommand("eval", "scores a model on benchmarks and task files");
+  command->add_option("--model", eval.model, "Hugging Face folder (float or GPTQ) or GGUF file")->required();
+  command->add_option("--adapter", eval.adapters, "PEFT adapter folder to merge; may stand several times");
+  command->add_option("--compare", eval.compare, "a second model, scored on the same items and compared");
+  command->add_option("--compare-adapter", eval.compare_adapters, "PEFT adapter folder of the second model");
+  command->add_option("--tasks", eval.tasks, "names or task files (*.yaml), separated by commas")->delimiter(',')->required();
+  command->add_option("--shots", eval.shots, "solved examples before each question")->check(CLI::Range(0, 100));
+  command->add_option("--limit", eval.limit, "only the first N items of each task")->check(CLI::NonNegativeNumber);
+  command->add_option("--data", eval.data, "folder of the pulled benchmarks");
+  command->add_option("--split", eval.split, "score this split instead of the official one");
+  command->add_option("--pool", eval.pool, "draw the shots from this split instead of the official one");
+  command->add_option("--dtype", eval.dtype, "float32 or bfloat16")->check(CLI::IsMember({"float32", "bfloat16"}));
+  command->add_option("--threads", eval.threads, "threads (default: all cores)")->check(CLI::NonNegativeNumber);
+  command->add_option("--max-length", eval.max_length, "tokens of input, and of a perplexity window (default: the model's)");
+  command->add_flag("--chat-template", eval.chat_template, "put prompts through the model's chat template");
+  command->add_flag("--single-turn", eval.single_turn, "with --chat-template: shots in one user message");
+  command->add_option("--system", eval.system, "instruction before every prompt");
+  command->add_option("--harness-version", eval.harness_version, "release of lm-evaluation-harness whose BOS rule holds");
+  command->add_option("--items", eval.items, "folder for one JSONL file a task with every item's scores");
+  command->add_option("--output", eval.output, "text or json")->check(CLI::IsMember({"text", "json"}));
+  command->add_option("--cache", eval.cache, "the worker's cache (default ~/.cache/refinery)");
+  return command;
+}
+
+struct ConvertOptions {
+  std::vector<std::string> inputs, columns;
+  std::string output;
+};
+
+// `refinery data pull` reads Arrow and Parquet by this: the client has no reader of its own.
+CLI::App* AddConvertTable(CLI::App& app, ConvertOptions& convert) {
+  CLI::App* command = app.add_subcommand("convert-table", "turns data files into JSON lines; prints how many rows");
+  command->add_option("FILE", convert.inputs, "Parquet, Arrow, CSV, JSON (a list) or JSONL; their rows follow one another")->required();
+  command->add_option("--output", convert.output, "the JSONL file to write")->required();
+  command->add_option("--columns", convert.columns, "only these columns, separated by commas")->delimiter(',');
+  return command;
+}
+
+int ConvertTable(const ConvertOptions& convert) {
+  std::vector<std::filesystem::path> inputs(convert.inputs.begin(), convert.inputs.end());
+  absl::StatusOr<size_t> rows = refinery::data::ConvertTables(inputs, convert.columns, convert.output);
+  if (!rows.ok()) return Fail(rows.status());
+  std::printf("%zu\n", *rows);
+  return 0;
 }
 
 }  // namespace
@@ -64,8 +114,20 @@ int main(int argc, char** argv) {
   look->add_option("--max-new-tokens", inspect.max_new_tokens, "greedy tokens per prompt");
   look->add_option("--output", inspect.output, "folder: tokens.json and logits.safetensors")->required();
   look->add_option("--cache", inspect.cache, "the worker's cache (default ~/.cache/refinery)");
+  refinery::task::EvalOptions eval;
+  CLI::App* score = AddEval(app, eval);
+  ConvertOptions convert;
+  CLI::App* table = AddConvertTable(app, convert);
   CLI11_PARSE(app, argc, argv);
   DieWithParent(parent_pid);
+  if (score->parsed()) {
+    if (eval.data.empty()) eval.data = refinery::task::CacheFolder(eval.cache) + "/data";
+    absl::Status status = refinery::task::RunEvalCommand(eval);
+    if (status.ok()) return 0;
+    Fail(status);
+    return status.code() == absl::StatusCode::kInternal ? 1 : 2;
+  }
+  if (table->parsed()) return ConvertTable(convert);
   if (look->parsed()) {
     absl::Status status = refinery::task::Inspect(inspect);
     return status.ok() ? 0 : Fail(status);

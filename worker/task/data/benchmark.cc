@@ -29,13 +29,13 @@ class Row {
 
   std::vector<std::string> Strings(const json& parent, const char* field) {
     std::vector<std::string> values;
-    const json* list = Find(parent, field);
-    if (list == nullptr) return values;
-    if (!list->is_array()) {
+    const json list = Structure(parent, field);
+    if (list.is_null()) return values;
+    if (!list.is_array()) {
       Fail(Join("field '", field, "' must be a list of strings"));
       return values;
     }
-    for (const json& value : *list) values.push_back(AsString(&value, field));
+    for (const json& value : list) values.push_back(AsString(&value, field));
     return values;
   }
   std::vector<std::string> Strings(const char* field) { return Strings(row_, field); }
@@ -61,14 +61,14 @@ class Row {
 
   // choices {text[], label[]} and answerKey.
   std::pair<std::vector<std::string>, int64_t> LabelledChoices() {
-    const json* choices = Find(row_, "choices");
-    if (choices == nullptr) return {};
-    if (!choices->is_object()) {
+    const json choices = Structure(row_, "choices");
+    if (choices.is_null()) return {};
+    if (!choices.is_object()) {
       Fail("field 'choices' must be an object with 'text' and 'label'");
       return {};
     }
-    std::vector<std::string> texts = Strings(*choices, "text");
-    const std::vector<std::string> labels = Strings(*choices, "label");
+    std::vector<std::string> texts = Strings(choices, "text");
+    const std::vector<std::string> labels = Strings(choices, "label");
     const std::string key(StripLeft(String("answerKey")));
     if (!status_.ok()) return {};
     const auto it = std::find(labels.begin(), labels.end(), key);
@@ -93,6 +93,15 @@ class Row {
     if (it != parent.end() && !it->is_null()) return &*it;
     Fail(Join("field '", field, "' is missing"));
     return nullptr;
+  }
+
+  // A list or an object; CSV, which has text only, holds its JSON text. Null after an error.
+  json Structure(const json& parent, const char* field) {
+    const json* value = Find(parent, field);
+    if (value == nullptr) return nullptr;
+    if (!value->is_string()) return *value;
+    json parsed = json::parse(value->get_ref<const std::string&>(), nullptr, /*allow_exceptions=*/false);
+    return parsed.is_structured() ? parsed : *value;
   }
 
   std::string AsString(const json* value, const char* field) {
@@ -245,6 +254,7 @@ StatusOr<MultipleChoiceItem> ItemFromRow(const std::string& task, const json& js
   else FillWinogrande(row, &item);
   if (row.status().ok() && item.answers.size() < 2) row.Fail("fewer than two choices");
   RF_RETURN_IF_ERROR(row.status());
+  item.row = json_row.dump(-1, ' ', false, json::error_handler_t::replace);
   if (item.choices.empty()) item.choices = item.answers;
   if (item.continuations.empty()) {
     for (const std::string& choice : item.choices) item.continuations.push_back(Join(" ", choice));
@@ -265,9 +275,39 @@ StatusOr<std::vector<MultipleChoiceItem>> ReadItems(const std::string& task, con
 
 MultipleChoiceItem WithShots(MultipleChoiceItem item, const std::vector<MultipleChoiceItem>& shots) {
   item.shots.clear();
-  for (const MultipleChoiceItem& shot : shots) item.shots += Join(shot.Shot(), "\n\n");
+  item.turns.clear();
+  for (const MultipleChoiceItem& shot : shots) {
+    item.shots += Join(shot.Shot(), "\n\n");
+    const size_t right = static_cast<size_t>(shot.gold);
+    item.turns.push_back({shot.bodies.size() == 1 ? shot.bodies.front() : shot.bodies.at(right),
+                          shot.continuations.at(right).substr(shot.delimiter.size())});
+  }
   return item;
 }
+
+namespace {
+
+// The sampler of the harness: k rows of the pool. `exclude` draws one more and leaves copies of the item out.
+std::vector<MultipleChoiceItem> DrawShots(const MultipleChoiceItem& item, const std::vector<MultipleChoiceItem>& pool,
+                                          size_t k, bool exclude, PythonRandom* random) {
+  std::vector<MultipleChoiceItem> shots;
+  const size_t drawn = exclude ? k + 1 : k;
+  if (pool.size() < drawn) return shots;
+  for (const size_t index : random->Sample(pool.size(), drawn)) {
+    if (shots.size() < k && !(exclude && pool[index].row == item.row)) shots.push_back(pool[index]);
+  }
+  if (shots.size() == k) return shots;
+  std::vector<const MultipleChoiceItem*> others;
+  for (const MultipleChoiceItem& candidate : pool) {
+    if (candidate.row != item.row) others.push_back(&candidate);
+  }
+  shots.clear();
+  if (others.size() < k) return shots;
+  for (const size_t index : random->Sample(others.size(), k)) shots.push_back(*others[index]);
+  return shots;
+}
+
+}  // namespace
 
 StatusOr<std::vector<MultipleChoiceItem>> WithHarnessShots(const std::vector<MultipleChoiceItem>& items,
                                                            const std::vector<MultipleChoiceItem>& pool, size_t k) {
@@ -281,13 +321,9 @@ StatusOr<std::vector<MultipleChoiceItem>> WithHarnessShots(const std::vector<Mul
         if (candidate.subject == item.subject && shots.size() < k) shots.push_back(candidate);
       }
     } else {
-      // Tasks whose scored split is the validation split draw one more, in case the item itself is among them.
-      const size_t drawn = item.task == "arc_easy" || item.task == "openbookqa" ? k : k + 1;
-      if (pool.size() < drawn) break;
-      for (const size_t index : random.Sample(pool.size(), drawn)) {
-        const bool itself = pool[index].bodies == item.bodies && pool[index].answers == item.answers;
-        if (shots.size() < k && (drawn == k || !itself)) shots.push_back(pool[index]);
-      }
+      // Tasks without a test split, whose items might be in the pool.
+      const bool exclude = item.task != "arc_easy" && item.task != "openbookqa";
+      shots = DrawShots(item, pool, k, exclude, &random);
     }
     if (shots.size() < k) break;
     prompted.push_back(WithShots(item, shots));

@@ -20,17 +20,25 @@
 
 namespace refinery::data {
 
+// One solved example before the question, as chat templates want it: what is asked and what is answered.
+struct Turn {
+  std::string question, answer;
+};
+
 struct MultipleChoiceItem {
   std::string task;
   std::string subject;                     // mmlu only
   std::string description;                 // stands once before everything else (mmlu); usually empty
   std::string shots;                       // few-shot text between description and body; see WithShots
+  std::vector<Turn> turns;                 // the same examples one by one
+  std::string delimiter = " ";             // between a body and its answer
   std::vector<std::string> bodies;         // the row's own context: one for all choices, or one per choice (winogrande)
   std::vector<std::string> continuations;  // per choice, with the leading space; the same text for all in winogrande
   std::vector<std::string> choices;        // the strings whose length acc_norm divides by
   std::vector<std::string> answers;        // the answers themselves, also where the choices are letters
   std::string question;                    // the bare question (winogrande: up to the gap, with the right name)
   int64_t gold = -1;
+  std::string row;                         // the whole row as JSON: two items are the same where their rows are
 
   // What stands before the continuation of a choice: description + shots + body.
   std::string ContextOf(size_t choice) const;
@@ -51,6 +59,8 @@ StatusOr<std::vector<MultipleChoiceItem>> ReadItems(const std::string& task, con
 // The item with `shots` before it, each followed by an empty line.
 MultipleChoiceItem WithShots(MultipleChoiceItem item, const std::vector<MultipleChoiceItem>& shots);
 // Few-shot prompts as the harness makes them (seed 1234, shots drawn afresh per item in order; mmlu: the subject's first k).
+// Where the item itself may be in the pool one more is drawn; should all of them be copies of the item, the shots are drawn
+// again from the pool without it.
 // FAILED_PRECONDITION when the pool is too small.
 StatusOr<std::vector<MultipleChoiceItem>> WithHarnessShots(const std::vector<MultipleChoiceItem>& items,
                                                            const std::vector<MultipleChoiceItem>& pool, size_t k);

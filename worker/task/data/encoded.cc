@@ -36,8 +36,15 @@ std::string TokenKey(const std::vector<int32_t>& tokens, int64_t answer_begin) {
   return DigestOf(bytes);
 }
 
+StatusOr<std::vector<int32_t>> EncodeText(std::string_view text, const tokenizer::Tokenizer& tokenizer,
+                                          bool special_tokens) {
+  if (!special_tokens) return tokenizer.Encode(text, /*add_special_tokens=*/false);
+  RF_ASSIGN_OR_RETURN(const bool has_bos, StartsWithBos(tokenizer, text));
+  return tokenizer.Encode(text, !has_bos);
+}
+
 StatusOr<EncodedPair> EncodePair(std::string_view context, std::string_view continuation,
-                                 const tokenizer::Tokenizer& tokenizer) {
+                                 const tokenizer::Tokenizer& tokenizer, bool special_tokens) {
   const std::string_view stripped = StripRight(context);
   const std::string moved = Join(context.substr(stripped.size()), continuation);
   EncodedPair pair;
@@ -50,9 +57,8 @@ StatusOr<EncodedPair> EncodePair(std::string_view context, std::string_view cont
     }
     return pair;
   }
-  RF_ASSIGN_OR_RETURN(const bool has_bos, StartsWithBos(tokenizer, stripped));
-  RF_ASSIGN_OR_RETURN(const std::vector<int32_t> whole, tokenizer.Encode(Join(stripped, moved), !has_bos));
-  RF_ASSIGN_OR_RETURN(pair.context, tokenizer.Encode(stripped, !has_bos));
+  RF_ASSIGN_OR_RETURN(const std::vector<int32_t> whole, EncodeText(Join(stripped, moved), tokenizer, special_tokens));
+  RF_ASSIGN_OR_RETURN(pair.context, EncodeText(stripped, tokenizer, special_tokens));
   if (whole.size() > pair.context.size()) {
     pair.continuation.assign(whole.begin() + static_cast<std::ptrdiff_t>(pair.context.size()), whole.end());
   }

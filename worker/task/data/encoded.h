@@ -31,8 +31,12 @@ struct EncodedPair {
   std::vector<int32_t> context;       // at least one
   std::vector<int32_t> continuation;  // may be empty when merges swallow it
 };
+// `special_tokens`: the tokenizer's own rule for BOS applies (false: never a BOS, as the harness did up to 0.4.9.1).
 StatusOr<EncodedPair> EncodePair(std::string_view context, std::string_view continuation,
-                                 const tokenizer::Tokenizer& tokenizer);
+                                 const tokenizer::Tokenizer& tokenizer, bool special_tokens = true);
+// One text by the same rule: no second BOS where the text begins with one.
+StatusOr<std::vector<int32_t>> EncodeText(std::string_view text, const tokenizer::Tokenizer& tokenizer,
+                                          bool special_tokens = true);
 
 // instruction (+ "\n" + input).
 std::string PromptOf(const Example& example);

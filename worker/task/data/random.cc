@@ -69,6 +69,11 @@ uint32_t PythonRandom::Next() {
   return y ^ y >> 18;
 }
 
+double PythonRandom::Double() {
+  const uint32_t high = Next() >> 5, low = Next() >> 6;
+  return (high * 67108864.0 + low) * (1.0 / 9007199254740992.0);
+}
+
 size_t PythonRandom::Below(size_t n) {
   const int bits = std::bit_width(n);
   size_t value = Next() >> (32 - bits);

@@ -37,6 +37,8 @@ class PythonRandom {
   uint32_t Next();                    // the raw 32-bit output
   // random.sample(range(n), k); k <= n < 2^32.
   std::vector<size_t> Sample(size_t n, size_t k);
+  // random.random(): 53 bits in [0, 1). random.choices(xs) draws xs[int(random.random() * len(xs))].
+  double Double();
 
  private:
   size_t Below(size_t n);

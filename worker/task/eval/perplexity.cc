@@ -133,10 +133,13 @@ StatusOr<TextResult> EvaluateText(const std::vector<std::string>& pages, const t
   std::vector<size_t> page_of;
   for (size_t page = 0; page < pages.size(); ++page) {
     const std::string text = options.detokenize_wikitext ? DetokenizeWikiText(pages[page]) : pages[page];
-    RF_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, tokenizer.Encode(text));
-    result.tokens += static_cast<int64_t>(tokens.size());
-    result.words += CountWords(pages[page]);
-    result.bytes += static_cast<int64_t>(pages[page].size());
+    RF_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, data::EncodeText(text, tokenizer, options.special_tokens));
+    result.page_tokens.push_back(static_cast<int64_t>(tokens.size()));
+    result.page_words.push_back(CountWords(pages[page]));
+    result.page_bytes.push_back(static_cast<int64_t>(pages[page].size()));
+    result.tokens += result.page_tokens.back();
+    result.words += result.page_words.back();
+    result.bytes += result.page_bytes.back();
     for (data::EncodedPair& pair : RollingWindows(tokens, prefix, window)) {
       pairs.push_back(std::move(pair));
       page_of.push_back(page);

@@ -38,10 +38,12 @@ struct TextResult {
   int64_t tokens = 0, words = 0, bytes = 0;
   double word_perplexity = 0, byte_perplexity = 0, bits_per_byte = 0, token_perplexity = 0;
   std::vector<double> per_page;     // log-likelihoods
+  std::vector<int64_t> page_tokens, page_words, page_bytes;
 };
 
 struct TextOptions {
   int64_t window = 1024;            // L; cut to the model's maximum length
+  bool special_tokens = true;       // the tokenizer's own BOS rule (harness.h)
   bool detokenize_wikitext = true;  // undo WikiText's spacing before scoring, as the harness does
 };
 

@@ -47,6 +47,12 @@ Scorer::Scorer(std::shared_ptr<const model::CausalLm> model, std::shared_ptr<con
   if (options_.max_length <= 0) options_.max_length = model_->config().max_position;
 }
 
+void Scorer::Expect(std::string phase, int64_t requests) {
+  phase_ = std::move(phase);
+  expected_ = requests;
+  finished_ = 0;
+}
+
 data::ScoreFn Scorer::AsScoreFn() {
   return [this](const std::vector<data::ScoreRequest>& requests) { return Score(requests); };
 }
@@ -56,7 +62,8 @@ StatusOr<std::vector<data::Score>> Scorer::Score(const std::vector<data::ScoreRe
   std::vector<data::EncodedPair> pairs;
   pairs.reserve(requests.size());
   for (const data::ScoreRequest& request : requests) {
-    RF_ASSIGN_OR_RETURN(data::EncodedPair pair, data::EncodePair(request.context, request.continuation, *tokenizer_));
+    RF_ASSIGN_OR_RETURN(data::EncodedPair pair, data::EncodePair(request.context, request.continuation, *tokenizer_,
+                                                                options_.special_tokens));
     if (pair.continuation.empty()) {
       return InvalidArgument("the continuation '", request.continuation, "' has no tokens of its own behind '",
                              request.context.substr(request.context.size() - std::min<size_t>(40, request.context.size())), "'");
@@ -108,10 +115,14 @@ StatusOr<std::vector<TokenScore>> Scorer::ScoreIds(const std::vector<data::Encod
     done += batch.paths.size();
     tokens += static_cast<int64_t>(batch.token_ids.size());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    reporter_.Report({.phase = "scoring", .done = static_cast<double>(done), .total = static_cast<double>(pairs.size()),
+    const int64_t all = std::max(expected_, finished_ + static_cast<int64_t>(pairs.size()));
+    reporter_.Report({.phase = phase_, .done = static_cast<double>(finished_) + static_cast<double>(done),
+                      .total = static_cast<double>(all),
                       .tokens_per_second = static_cast<double>(tokens) / std::max(1e-9, seconds.count())});
   }
   computed_tokens_ += tokens;
+  finished_ += static_cast<int64_t>(pairs.size());
+  if (finished_ >= expected_) expected_ = finished_ = 0;
   return scores;
 }
 

@@ -28,6 +28,7 @@ namespace refinery::eval {
 struct ScorerOptions {
   int64_t max_length = 0;          // tokens of input; 0 = the model's max_position_embeddings
   int64_t head_rows = 256;         // positions per product with the output head
+  bool special_tokens = true;      // the tokenizer's own BOS rule holds (harness.h)
   TreeLimits limits;
 };
 
@@ -48,8 +49,13 @@ class Scorer {
   StatusOr<std::vector<data::Score>> Score(const std::vector<data::ScoreRequest>& requests);
   StatusOr<std::vector<TokenScore>> ScoreIds(const std::vector<data::EncodedPair>& pairs);
 
+  const ScorerOptions& options() const { return options_; }
+
   // This scorer as the interface that data/critique wants. The scorer must outlive it.
   data::ScoreFn AsScoreFn();
+
+  // What the next calls of Score will ask for in all, so that progress counts towards it.
+  void Expect(std::string phase, int64_t requests);
 
   // Nodes that went through the model so far, and the tokens that one sequence per request would have cost.
   int64_t computed_tokens() const { return computed_tokens_; }
@@ -64,6 +70,8 @@ class Scorer {
   runtime::Reporter& reporter_;
   ScorerOptions options_;
   int64_t computed_tokens_ = 0, requested_tokens_ = 0;
+  std::string phase_ = "scoring";
+  int64_t expected_ = 0, finished_ = 0;   // requests
 };
 
 }  // namespace refinery::eval

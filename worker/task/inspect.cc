@@ -67,7 +67,8 @@ Status Inspect(const InspectOptions& options) {
   if (options.max_new_tokens > 0) {
     runtime::NullReporter quiet;
     generate::Engine engine(lm, {});
-    for (const generate::Completion& completion : engine.Generate(requests, quiet)) tokens["greedy"].push_back(completion.tokens);
+    RF_ASSIGN_OR_RETURN(const std::vector<generate::Completion> completions, engine.Generate(requests, quiet));
+    for (const generate::Completion& completion : completions) tokens["greedy"].push_back(completion.tokens);
   }
   return WriteFileAtomically(output / "tokens.json", tokens.dump() + "\n");
 }

@@ -58,7 +58,8 @@ struct Writer {
       void Check() override { events.Check(); }
     } reporter(context.events, phase, tokens_generated);
     std::vector<std::pair<std::string, std::string>> texts;
-    for (const generate::Completion& completion : engine.Generate(requests, reporter)) {
+    RF_ASSIGN_OR_RETURN(const std::vector<generate::Completion> completions, engine.Generate(requests, reporter));
+    for (const generate::Completion& completion : completions) {
       tokens_generated += completion.tokens.size();
       RF_ASSIGN_OR_RETURN(std::string text, tokenizer.Decode(completion.tokens));
       texts.emplace_back(std::move(text), completion.finish_reason);

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <numeric>
 
+#include "tests/support/status_matchers.h"
 #include "tests/worker/task/model/tiny_models.h"
 #include "worker/task/generate/engine.h"
 #include "worker/task/generate/latency.h"
@@ -16,13 +17,18 @@ namespace {
 using model::TinyModel;
 using model::TinyVectors;
 using nlohmann::json;
+using ::refinery::testing::IsOk;
+using ::refinery::testing::StatusIs;
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 
 constexpr SamplingSettings kGreedy = {.temperature = 0};
 
 std::vector<Completion> Complete(const std::shared_ptr<model::CausalLm>& model, const std::vector<Request>& requests, int64_t max_batch) {
   runtime::NullReporter reporter;
-  return Engine(model, {.max_batch = max_batch}).Generate(requests, reporter);
+  StatusOr<std::vector<Completion>> completions = Engine(model, {.max_batch = max_batch}).Generate(requests, reporter);
+  EXPECT_THAT(completions, IsOk());
+  return completions.ok() ? *std::move(completions) : std::vector<Completion>(requests.size());
 }
 
 std::vector<int32_t> Ids(const json& list) { return list.get<std::vector<int32_t>>(); }
@@ -117,11 +123,11 @@ TEST(EngineTest, EndsAtEndIdsStopSequencesAndLengths) {
   requests[5].max_new_tokens = 1000;        // the model ends at 256 positions
   std::vector<size_t> done;
   runtime::NullReporter reporter;
-  const std::vector<Completion> completions =
-      Engine(TinyModel(vectors, at::kFloat), {.max_batch = 2}).Generate(requests, reporter, [&](size_t index, const Completion& c) {
-        done.push_back(index);
-        EXPECT_FALSE(c.finish_reason.empty());
-      });
+  Engine engine(TinyModel(vectors, at::kFloat), {.max_batch = 2});
+  const std::vector<Completion> completions = *engine.Generate(requests, reporter, [&](size_t index, const Completion& c) {
+    done.push_back(index);
+    EXPECT_FALSE(c.finish_reason.empty());
+  });
   EXPECT_THAT(completions[0].tokens, ElementsAre(45, 45, 6, 5));
   EXPECT_EQ(completions[0].finish_reason, "end");
   EXPECT_THAT(completions[1].tokens, ElementsAre(45, 45, 6, 5));
@@ -153,25 +159,49 @@ TEST(EngineTest, ReportsAndCanBeCancelled) {
   Engine engine(TinyModel(vectors, at::kFloat), {.max_batch = 2});
   const std::vector<Request> requests(3, {.prompt = {1, 2}, .max_new_tokens = 7, .sampling = kGreedy});
   CancellingReporter reporter;
-  engine.Generate(requests, reporter);
+  EXPECT_THAT(engine.Generate(requests, reporter), IsOk());
   EXPECT_EQ(reporter.last.tokens_generated, 21);
   EXPECT_EQ(reporter.last.done, 3);
   EXPECT_EQ(reporter.last.total, 3);
   EXPECT_GT(reporter.last.tokens_per_second, 0);
   reporter.checks = 3;
-  EXPECT_THROW(engine.Generate(requests, reporter), runtime::CancelledException);
+  EXPECT_THROW((void)engine.Generate(requests, reporter), runtime::CancelledException);
   reporter.checks = 1000;
-  EXPECT_EQ(engine.Generate(requests, reporter).size(), 3);  // usable after
+  EXPECT_EQ(engine.Generate(requests, reporter)->size(), 3);  // usable after
 }
 
-TEST(EngineTest, NanAndWrongPromptsThrow) {
-  const json vectors = TinyVectors("llama");
-  const auto tiny = TinyModel(vectors, at::kFloat);
-  EXPECT_THROW(Complete(tiny, {{.prompt = {}}}, 1), c10::Error);
-  EXPECT_THROW(Complete(tiny, {{.prompt = {61}}}, 1), c10::Error);
-  EXPECT_THROW(Complete(tiny, {{.prompt = std::vector<int32_t>(300, 1)}}, 1), c10::Error);
+TEST(EngineTest, WrongRequestsAreRefusedByName) {
+  Engine engine(TinyModel(TinyVectors("llama"), at::kFloat), {.max_batch = 1});
+  const auto refused = [&](const Request& request, const char* message) {
+    EXPECT_THAT(engine.Submit(request), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+  };
+  refused({.prompt = {}}, "the prompt has 0 tokens; the model takes 1 to 256");
+  refused({.prompt = {1, 61}}, "the prompt holds the token 61");
+  refused({.prompt = {-1}}, "the prompt holds the token -1");
+  refused({.prompt = std::vector<int32_t>(300, 1)}, "the prompt has 300 tokens");
+  refused({.prompt = {1}, .max_new_tokens = -1}, "max_new_tokens is -1");
+  refused({.prompt = {1}, .sampling = {.top_p = 1.5}}, "top_p is 1.5");
+  refused({.prompt = {1}, .stop_strings = {"x"}}, "need an engine with a tokenizer");
+  runtime::NullReporter reporter;
+  EXPECT_THAT(engine.Generate({{.prompt = {1}}, {.prompt = {70}}}, reporter),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("request 1: the prompt holds the token 70")));
+  EXPECT_FALSE(engine.Step());  // nothing is left behind
+}
+
+// Goal: a request whose logits are not finite ends with an error that names it; Generate throws, so that the trial counts as
+// infeasible.
+TEST(EngineTest, LogitsThatAreNotFiniteNameTheRequest) {
+  const auto tiny = TinyModel(TinyVectors("llama"), at::kFloat);
   tiny->layers[1].down.weight.fill_(std::nan(""));
-  EXPECT_THROW(Complete(tiny, {{.prompt = {1}, .sampling = kGreedy}}, 1), runtime::NumericException);
+  runtime::NullReporter reporter;
+  Engine engine(tiny, {.max_batch = 2});
+  EXPECT_THROW((void)engine.Generate({{.prompt = {1}, .sampling = kGreedy}}, reporter), runtime::NumericException);
+  Completion completion;
+  EXPECT_THAT(engine.Submit({.prompt = {1, 2}}, [&](const Completion& c) { completion = c; }), IsOk());
+  while (engine.Step()) {
+  }
+  EXPECT_EQ(completion.finish_reason, "error");
+  EXPECT_THAT(completion.error, StatusIs(absl::StatusCode::kOutOfRange, HasSubstr("token 0 of the answer")));
 }
 
 TEST(LatencyTest, MeasuresAPositiveTime) {

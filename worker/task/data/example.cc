@@ -4,11 +4,21 @@
 #include <utility>
 
 #include "common/files.h"
+#include "worker/task/data/table.h"
 
 namespace refinery::data {
 namespace {
 
 using nlohmann::json;
+
+// CSV has text only: a list or a number stands there as its JSON text, and an empty cell is an absent field.
+json Unquoted(const json& field) {
+  if (!field.is_string()) return field;
+  const std::string& text = field.get_ref<const std::string&>();
+  if (text.empty()) return nullptr;
+  json parsed = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  return parsed.is_discarded() ? field : parsed;
+}
 
 // Optional string field: absent and null mean "".
 Status ReadString(const json& row, const char* field, bool required, const std::string& where, std::string* out) {
@@ -40,16 +50,16 @@ StatusOr<Example> ExampleFromJson(const json& row, const std::string& where) {
   RF_RETURN_IF_ERROR(ReadString(row, "input", false, where, &example.input));
   RF_RETURN_IF_ERROR(ReadString(row, "output", true, where, &example.output));
   RF_RETURN_IF_ERROR(ReadString(row, "origin", false, where, &example.origin));
-  if (const auto it = row.find("choices"); it != row.end() && !it->is_null()) {
-    if (!it->is_array()) return InvalidArgument(where, ": field 'choices' must be a list of strings");
-    for (const json& choice : *it) {
+  if (const json choices = Unquoted(row.value("choices", json())); !choices.is_null()) {
+    if (!choices.is_array()) return InvalidArgument(where, ": field 'choices' must be a list of strings");
+    for (const json& choice : choices) {
       if (!choice.is_string()) return InvalidArgument(where, ": field 'choices' must be a list of strings");
       example.choices.push_back(choice.get<std::string>());
     }
   }
-  if (const auto it = row.find("answer_index"); it != row.end() && !it->is_null()) {
-    if (!it->is_number_integer()) return InvalidArgument(where, ": field 'answer_index' must be an integer");
-    example.answer_index = it->get<int64_t>();
+  if (const json index = Unquoted(row.value("answer_index", json())); !index.is_null()) {
+    if (!index.is_number_integer()) return InvalidArgument(where, ": field 'answer_index' must be an integer");
+    example.answer_index = index.get<int64_t>();
     if (example.answer_index < -1 || example.answer_index >= static_cast<int64_t>(example.choices.size())) {
       return InvalidArgument(where, ": field 'answer_index' is ", example.answer_index, ", but there are ",
                              example.choices.size(), " choices");
@@ -61,6 +71,14 @@ StatusOr<Example> ExampleFromJson(const json& row, const std::string& where) {
 
 Status ForEachJsonLine(const std::filesystem::path& jsonl, size_t limit,
                        const std::function<Status(json row, const std::string& where)>& visit) {
+  if (IsTable(jsonl)) {
+    return ForEachTableRow(jsonl, {}, limit, [&](std::string_view text, size_t number) -> Status {
+      const std::string where = Join(jsonl.string(), ": row ", number);
+      json row = json::parse(text, nullptr, /*allow_exceptions=*/false);
+      if (row.is_discarded()) return InvalidArgument(where, ": not valid JSON");
+      return visit(std::move(row), where);
+    });
+  }
   std::ifstream file(jsonl);
   if (!file) return NotFound(jsonl.string(), ": cannot be opened");
   std::string line;

@@ -1,6 +1,6 @@
 // worker/task/data/example.h
 //
-// One training example in Alpaca form and the JSONL files that hold them.
+// One training example in Alpaca form and the files that hold them: JSONL, or any table that table.h reads (CSV, Parquet, ...).
 
 #pragma once
 
@@ -30,8 +30,9 @@ nlohmann::json ToJson(const Example& example);
 StatusOr<Example> ExampleFromJson(const nlohmann::json& json, const std::string& where);
 StatusOr<std::vector<Example>> ReadExamples(const std::filesystem::path& jsonl, size_t limit = 0);
 Status WriteExamples(const std::filesystem::path& jsonl, const std::vector<Example>& examples);
-// Every line of a JSONL file that is not blank, at most `limit` of them (0 = all). `where` is "FILE:LINE". NOT_FOUND,
-// INVALID_ARGUMENT for a line that is not JSON, or the first error that `visit` returns.
+// Every line of a JSONL file that is not blank, or every row of a table (see table.h), at most `limit` of them (0 = all).
+// `where` is "FILE:LINE" or "FILE: row N". NOT_FOUND, INVALID_ARGUMENT for a row that is not JSON, or the first error that
+// `visit` returns.
 Status ForEachJsonLine(const std::filesystem::path& jsonl, size_t limit,
                        const std::function<Status(nlohmann::json row, const std::string& where)>& visit);
 // Any JSONL file; errors name file and line.

@@ -1,7 +1,8 @@
 // worker/task/rust/bridge.h
 //
 // The C interface to the Rust crates `tokenizers` (Hugging Face), `minijinja` (chat templates) and `llguidance`
-// (constrained decoding). Only worker/task/tokenizer uses it; everything else uses the C++ classes there.
+// (constrained decoding), and to readers of Parquet, Arrow, CSV and JSON. Only worker/task/tokenizer and
+// worker/task/data/table.cc use it; everything else uses the C++ classes there.
 //
 // Text is UTF-8 with an explicit length, never NUL-terminated. Functions that can fail return 0 on success; otherwise
 // they return 1, fill `error` with one sentence and leave the outputs empty. A Rust panic is such an error: nothing

@@ -13,7 +13,9 @@ namespace refinery::client {
 namespace {
 
 // The name that an uploaded file has in its artifact, whatever it is called here: the same rows are the same artifact.
-constexpr char kFileName[] = "rows.jsonl";
+// CSV is told from JSON lines by its name alone.
+std::string FileName(const std::filesystem::path& file) { return file.extension() == ".csv" ? "rows.csv" : "rows.jsonl"; }
+
 constexpr size_t kDigestPrefix = 7;   // "sha256:"
 
 }  // namespace
@@ -23,7 +25,7 @@ StatusOr<RecipeInput> ReadRecipe(const std::filesystem::path& path, const std::f
   RF_ASSIGN_OR_RETURN(input.recipe, LoadRecipe(path));
   RF_ASSIGN_OR_RETURN(input.files, RecipeFiles(input.recipe, data_folder));
   for (const auto& [role, file] : input.files) {
-    RF_ASSIGN_OR_RETURN(input.digests[role], FileArtifactDigest(file, kFileName));
+    RF_ASSIGN_OR_RETURN(input.digests[role], FileArtifactDigest(file, FileName(file)));
   }
   return input;
 }
@@ -31,7 +33,7 @@ StatusOr<RecipeInput> ReadRecipe(const std::filesystem::path& path, const std::f
 Status UploadFiles(Connection& connection, const RecipeInput& input) {
   ArtifactClient client(connection.channel);
   for (const auto& [role, file] : input.files) {
-    auto uploaded = client.UploadFile(file, kFileName, role);
+    auto uploaded = client.UploadFile(file, FileName(file), role);
     if (!uploaded.ok()) return Annotate(uploaded.status(), Join("cannot upload ", file.string()));
     if (uploaded->digest() != input.digests.at(role))
       return FailedPrecondition(file.string(), " was changed while it was uploaded; try again");

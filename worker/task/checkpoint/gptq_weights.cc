@@ -38,39 +38,52 @@ Status CheckShapes(const GptqTensors& t, const GptqFormat& format) {
 
 }  // namespace
 
-StatusOr<at::Tensor> DequantizeGptq(const GptqTensors& tensors, const GptqFormat& format) {
+StatusOr<GptqCodes> UnpackGptq(const GptqTensors& tensors, const GptqFormat& format) {
   RF_RETURN_IF_ERROR(CheckShapes(tensors, format));
   const int64_t bits = format.bits, out = tensors.qweight.size(1), groups = tensors.scales.size(0);
   const int64_t in = tensors.qweight.size(0) * 32 / bits;
-  const int64_t group_size = format.group_size > 0 ? format.group_size : in;
-  std::vector<int64_t> group_of(static_cast<size_t>(in));
-  at::Tensor g_idx = tensors.g_idx.defined() ? tensors.g_idx.contiguous() : at::Tensor();
-  for (int64_t i = 0; i < in; ++i) {
-    int64_t group = g_idx.defined() ? g_idx.data_ptr<int32_t>()[i] : i / group_size;
-    if (group < 0 || group >= groups) return DataLoss("g_idx[", i, "] is ", group, " of ", groups, " groups");
-    group_of[static_cast<size_t>(i)] = group;
-  }
-  at::Tensor qweight = tensors.qweight.contiguous(), qzeros = tensors.qzeros.contiguous();
-  at::Tensor scales = tensors.scales.to(at::kFloat).contiguous();
-  at::Tensor weight = at::empty({out, in}, at::kFloat);
-  const auto* codes = reinterpret_cast<const uint32_t*>(qweight.data_ptr<int32_t>());
-  const auto* zeros = reinterpret_cast<const uint32_t*>(qzeros.data_ptr<int32_t>());
-  const float* scale = scales.data_ptr<float>();
-  float* result = weight.data_ptr<float>();
+  const at::Tensor qweight = tensors.qweight.contiguous(), qzeros = tensors.qzeros.contiguous();
+  GptqCodes result{.codes = at::empty({out, in}, at::kByte), .zeros = at::empty({out, groups}, at::kInt)};
+  const auto* words = reinterpret_cast<const uint32_t*>(qweight.const_data_ptr<int32_t>());
+  const auto* zeros = reinterpret_cast<const uint32_t*>(qzeros.const_data_ptr<int32_t>());
+  auto* codes = result.codes.data_ptr<uint8_t>();
+  auto* zero_of = result.zeros.data_ptr<int32_t>();
   const int64_t zero_words = qzeros.size(1);
   const uint32_t mask = (uint32_t{1} << bits) - 1;
   at::parallel_for(0, out, 16, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> zero_of(static_cast<size_t>(groups));
     for (int64_t o = begin; o < end; ++o) {
       for (int64_t g = 0; g < groups; ++g) {
-        uint32_t stored = Field(zeros + g * zero_words, 1, o, bits);
+        const uint32_t stored = Field(zeros + g * zero_words, 1, o, bits);
         // v1 readers add one within the field: a stored 2^bits - 1 stands for zero.
-        zero_of[g] = static_cast<int32_t>(format.zeros_minus_one ? (stored + 1) & mask : stored);
+        zero_of[o * groups + g] = static_cast<int32_t>(format.zeros_minus_one ? (stored + 1) & mask : stored);
       }
+      for (int64_t i = 0; i < in; ++i) codes[o * in + i] = static_cast<uint8_t>(Field(words + o, out, i, bits));
+    }
+  });
+  return result;
+}
+
+StatusOr<at::Tensor> DequantizeGptq(const GptqTensors& tensors, const GptqFormat& format) {
+  RF_ASSIGN_OR_RETURN(const GptqCodes unpacked, UnpackGptq(tensors, format));
+  const int64_t out = unpacked.codes.size(0), in = unpacked.codes.size(1), groups = unpacked.zeros.size(1);
+  const int64_t group_size = format.group_size > 0 ? format.group_size : in;
+  std::vector<int64_t> group_of(static_cast<size_t>(in));
+  const at::Tensor g_idx = tensors.g_idx.defined() ? tensors.g_idx.contiguous() : at::Tensor();
+  for (int64_t i = 0; i < in; ++i) {
+    const int64_t group = g_idx.defined() ? g_idx.const_data_ptr<int32_t>()[i] : i / group_size;
+    if (group < 0 || group >= groups) return DataLoss("g_idx[", i, "] is ", group, " of ", groups, " groups");
+    group_of[static_cast<size_t>(i)] = group;
+  }
+  const at::Tensor scales = tensors.scales.to(at::kFloat).contiguous(), weight = at::empty({out, in}, at::kFloat);
+  const auto* codes = unpacked.codes.const_data_ptr<uint8_t>();
+  const auto* zeros = unpacked.zeros.const_data_ptr<int32_t>();
+  const float* scale = scales.const_data_ptr<float>();
+  float* result = weight.data_ptr<float>();
+  at::parallel_for(0, out, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
       for (int64_t i = 0; i < in; ++i) {
-        int64_t g = group_of[i];
-        auto code = static_cast<int32_t>(Field(codes + o, out, i, bits));
-        result[o * in + i] = scale[g * out + o] * static_cast<float>(code - zero_of[g]);
+        const int64_t g = group_of[static_cast<size_t>(i)];
+        result[o * in + i] = scale[g * out + o] * static_cast<float>(codes[o * in + i] - zeros[o * groups + g]);
       }
     }
   });

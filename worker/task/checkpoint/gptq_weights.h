@@ -28,6 +28,12 @@ struct GptqTensors {
   at::Tensor g_idx;  // may be undefined: then input i belongs to group i / group_size
 };
 
+// The integers: codes [out, in] uint8, zero points [out, groups] int32.
+struct GptqCodes {
+  at::Tensor codes, zeros;
+};
+StatusOr<GptqCodes> UnpackGptq(const GptqTensors& tensors, const GptqFormat& format);
+
 StatusOr<at::Tensor> DequantizeGptq(const GptqTensors& tensors, const GptqFormat& format);
 
 }  // namespace refinery::checkpoint

@@ -133,11 +133,9 @@ StatusOr<at::Tensor> ModelFolder::GetStored(const std::string& name) const {
   return shards_[found->second]->Get(name);
 }
 
-StatusOr<at::Tensor> ModelFolder::Get(const std::string& name) const {
-  std::string prefix;
-  if (!gptq_ || shard_of_.count(name) != 0 || !TakeSuffix(name, ".weight", &prefix) ||
-      shard_of_.count(prefix + ".qweight") == 0)
-    return GetStored(name);
+StatusOr<GptqTensors> ModelFolder::GetGptq(const std::string& prefix) const {
+  if (!gptq_ || shard_of_.count(prefix + ".qweight") == 0)
+    return NotFound(path_.string(), " holds no quantized weight ", prefix);
   GptqTensors parts;
   RF_ASSIGN_OR_RETURN(parts.qweight, GetStored(prefix + ".qweight"));
   RF_ASSIGN_OR_RETURN(parts.qzeros, GetStored(prefix + ".qzeros"));
@@ -145,6 +143,15 @@ StatusOr<at::Tensor> ModelFolder::Get(const std::string& name) const {
   if (shard_of_.count(prefix + ".g_idx") != 0) {
     RF_ASSIGN_OR_RETURN(parts.g_idx, GetStored(prefix + ".g_idx"));
   }
+  return parts;
+}
+
+StatusOr<at::Tensor> ModelFolder::Get(const std::string& name) const {
+  std::string prefix;
+  if (!gptq_ || shard_of_.count(name) != 0 || !TakeSuffix(name, ".weight", &prefix) ||
+      shard_of_.count(prefix + ".qweight") == 0)
+    return GetStored(name);
+  RF_ASSIGN_OR_RETURN(const GptqTensors parts, GetGptq(prefix));
   StatusOr<at::Tensor> weight = DequantizeGptq(parts, *gptq_);
   if (!weight.ok()) return Annotate(weight.status(), Join(path_.string(), ": ", prefix));
   return weight;

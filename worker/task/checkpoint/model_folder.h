@@ -35,6 +35,9 @@ class ModelFolder {
   bool Has(const std::string& name) const;
   std::vector<std::string> Names() const;  // sorted; for a GPTQ folder the dequantized names
   StatusOr<at::Tensor> Get(const std::string& name) const;
+  // Of a GPTQ folder: the tensors that stand for "<prefix>.weight"; NOT_FOUND where that weight is not quantized.
+  StatusOr<GptqTensors> GetGptq(const std::string& prefix) const;
+  const std::optional<GptqFormat>& gptq() const { return gptq_; }
   // Weights counted as numbers, whatever their stored form.
   uint64_t ParameterCount() const;
   // The safetensors files, relative to path(), sorted; with the index of a sharded model.

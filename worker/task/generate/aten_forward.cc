@@ -130,7 +130,7 @@ class AtenForward final : public Forward {
     };
     const at::Tensor age = query_position.unsqueeze(2) - at::arange(length, query_position.options());
     at::Tensor visible = age >= 0;
-    if (c.sliding_window > 0) visible = visible.logical_and(age < c.sliding_window);
+    if (const int64_t window = model_->layers[index].sliding_window; window > 0) visible = visible.logical_and(age < window);
     return at::scaled_dot_product_attention(q.transpose(1, 2), heads(keys_[index]), heads(values_[index]), visible.unsqueeze(1),
                                             0.0, false, c10::nullopt, c.num_heads != c.num_kv_heads)
         .transpose(1, 2)
@@ -152,8 +152,10 @@ std::unique_ptr<Forward> MakeForward(std::shared_ptr<const model::CausalLm> mode
   bool plain = model::TakesCpuKernels(model->embed_tokens);
   for (const model::DecoderLayer& layer : model->layers) {
     for (const model::Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
-      plain = plain && !linear->lora_a.defined() && linear->weight.scalar_type() == model->dtype() &&
-              linear->weight.is_contiguous();
+      const bool ours = linear->packed != nullptr
+                            ? model->dtype() == at::kBFloat16
+                            : linear->weight.scalar_type() == model->dtype() && linear->weight.is_contiguous();
+      plain = plain && !linear->lora_a.defined() && ours;
     }
   }
   return plain ? MakeCpuForward(std::move(model)) : MakeAtenForward(std::move(model));

@@ -12,7 +12,7 @@ namespace refinery::model {
 at::Tensor Linear::operator()(const at::Tensor& x) const {
   if (x.dim() == 2) return Project(x, {this});
   std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = weight.size(0);
+  shape.back() = outputs();
   return Project(x.reshape({-1, x.size(-1)}), {this}).view(shape);
 }
 
@@ -91,7 +91,7 @@ at::Tensor CausalLm::ForwardLayer(const DecoderLayer& layer, const at::Tensor& h
   at::Tensor qkv = Project(Normalize(hidden, layer.input_norm), {&layer.q, &layer.k, &layer.v});
   if (config_.qk_norm) {
     const std::vector<at::Tensor> parts =
-        qkv.split_with_sizes({layer.q.weight.size(0), layer.k.weight.size(0), layer.v.weight.size(0)}, 1);
+        qkv.split_with_sizes({layer.q.outputs(), layer.k.outputs(), layer.v.outputs()}, 1);
     qkv = NormalizeHeads(*this, layer, parts[0], parts[1], parts[2]);
   }
   const at::Tensor context = PackedAttention(qkv, rotary.cos, rotary.sin, lengths, ShapeOf(config_, layer));

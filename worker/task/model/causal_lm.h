@@ -20,18 +20,24 @@
 #include "worker/task/checkpoint/model_folder.h"
 #include "worker/task/checkpoint/peft_adapter.h"
 #include "worker/task/model/config.h"
+#include "worker/task/model/packed_weight.h"
 
 namespace refinery::model {
 
 // y = x W^T + bias [+ lora_scale * (x A^T) B^T].  Adapter factors are float32; their product is cast to x's dtype.
 struct Linear {
   std::string name;        // "model.layers.3.self_attn.q_proj"
-  at::Tensor weight;       // [out, in]
+  at::Tensor weight;       // [out, in]; undefined where the weight is packed
+  std::shared_ptr<const PackedWeight> packed;  // or null; expanded for every product but those of decoding
   at::Tensor bias;         // [out] or undefined
   at::Tensor lora_a;       // [r, in]  float32 or undefined
   at::Tensor lora_b;       // [out, r] float32
   double lora_scale = 0;
 
+  int64_t outputs() const { return packed != nullptr ? packed->outputs : weight.size(0); }
+  int64_t inputs() const { return packed != nullptr ? packed->inputs : weight.size(1); }
+  // The weight; an expanded copy where it is packed.
+  at::Tensor Weight(at::ScalarType dtype) const { return packed != nullptr ? packed->Expand(dtype) : weight; }
   at::Tensor operator()(const at::Tensor& x) const;
 };
 
@@ -60,10 +66,16 @@ struct Rotary {
 struct LoadOptions {
   at::ScalarType dtype = at::kBFloat16;
   at::Device device = at::kCPU;
+  // Quantized weights stay packed where decoding has kernels for them (bfloat16 on the CPU) and their form allows
+  // (packed_weight.h); else they are expanded to dtype. For running a model only: nothing trains or merges packed weights.
+  bool keep_packed = false;
 };
 
 // The tensor of that name ("model.layers.0.mlp.up_proj.weight"), NOT_FOUND where there is none.
 using TensorSource = std::function<StatusOr<at::Tensor>(const std::string& name)>;
+
+// The packed weight of that linear layer ("model.layers.0.mlp.up_proj"), NOT_FOUND where it has to be expanded.
+using PackedSource = std::function<StatusOr<std::shared_ptr<const PackedWeight>>(const std::string& name)>;
 
 class CausalLm {
  public:
@@ -73,7 +85,8 @@ class CausalLm {
   static StatusOr<std::shared_ptr<CausalLm>> Load(const ModelConfig& config, const TensorSource& source,
                                                   const LoadOptions& options);
 
-  // Adds the adapter as factors beside the weights (trainable form). INVALID_ARGUMENT for an unknown module.
+  // Adds the adapter as factors beside the weights (trainable form). INVALID_ARGUMENT for an unknown module,
+  // FAILED_PRECONDITION where factors are attached already (checkpoint::StackAdapters makes one adapter of several).
   Status AttachAdapter(const checkpoint::PeftAdapter& adapter);
   // Merges the adapter into the weights, in place: computed in float32, rounded once to the weights' dtype.
   Status MergeAdapter(const checkpoint::PeftAdapter& adapter);
@@ -110,6 +123,8 @@ class CausalLm {
   std::vector<DecoderLayer> layers;
 
  private:
+  static StatusOr<std::shared_ptr<CausalLm>> Read(const ModelConfig& config, const TensorSource& source,
+                                                  const PackedSource& packed, const LoadOptions& options);
   // The layer an adapter's module names, after checking the factors' shapes.
   StatusOr<Linear*> AdaptedLinear(const std::string& module, const checkpoint::LoraPair& pair);
 

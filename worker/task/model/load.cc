@@ -4,6 +4,7 @@
 // The precompiled header comes first.
 #include "worker/task/model/causal_lm.h"
 #include "worker/task/model/rope.h"
+#include "worker/task/model/weight_arena.h"
 
 namespace refinery::model {
 namespace {
@@ -16,9 +17,11 @@ std::string Shape(at::IntArrayRef sizes) {
 
 class Reader {
  public:
-  Reader(const TensorSource& source, const LoadOptions& options) : source_(source), options_(options) {}
+  Reader(const TensorSource& source, const PackedSource& packed, const LoadOptions& options)
+      : source_(source), packed_(packed), options_(options) {}
 
   at::Tensor Empty(const std::vector<int64_t>& shape) const {
+    if (options_.device.is_cpu()) return arena_.Empty(shape, options_.dtype);
     return at::empty(shape, at::TensorOptions().dtype(options_.dtype).device(options_.device));
   }
 
@@ -54,14 +57,19 @@ class Reader {
   // Reads layers with the same input into one storage, so that they can be multiplied at once.
   Status ReadStacked(const std::string& prefix, const std::vector<Part>& parts, int64_t inputs) const {
     int64_t rows = 0;
-    for (const Part& part : parts) rows += part.outputs;
-    const at::Tensor weight = Empty({rows, inputs}), bias = Empty({rows});
+    for (const Part& part : parts) {
+      part.linear->name = prefix + part.suffix;
+      rows += part.outputs;
+    }
+    RF_ASSIGN_OR_RETURN(const bool packed, ReadPacked(parts, inputs));
+    const at::Tensor weight = packed ? at::Tensor() : Empty({rows, inputs}), bias = Empty({rows});
     int64_t row = 0;
     for (const Part& part : parts) {
       Linear& linear = *part.linear;
-      linear.name = prefix + part.suffix;
-      linear.weight = weight.narrow(0, row, part.outputs);
-      RF_RETURN_IF_ERROR(ReadInto(linear.name + ".weight", linear.weight));
+      if (!packed) {
+        linear.weight = weight.narrow(0, row, part.outputs);
+        RF_RETURN_IF_ERROR(ReadInto(linear.name + ".weight", linear.weight));
+      }
       if (part.bias) {
         linear.bias = bias.narrow(0, row, part.outputs);
         RF_RETURN_IF_ERROR(ReadInto(linear.name + ".bias", linear.bias));
@@ -72,8 +80,30 @@ class Reader {
   }
 
  private:
+  // Whether all parts came packed; where one does not, none stays so.
+  StatusOr<bool> ReadPacked(const std::vector<Part>& parts, int64_t inputs) const {
+    if (!packed_) return false;
+    for (const Part& part : parts) {
+      StatusOr<std::shared_ptr<const PackedWeight>> packed = packed_(part.linear->name);
+      if (absl::IsNotFound(packed.status())) {
+        for (const Part& other : parts) other.linear->packed = nullptr;
+        return false;
+      }
+      RF_RETURN_IF_ERROR(packed.status());
+      if ((*packed)->outputs != part.outputs || (*packed)->inputs != inputs) {
+        return InvalidArgument("the quantized weight of '", part.linear->name, "' has shape ",
+                               Shape({(*packed)->outputs, (*packed)->inputs}), ", but config.json implies ",
+                               Shape({part.outputs, inputs}));
+      }
+      part.linear->packed = *std::move(packed);
+    }
+    return true;
+  }
+
   const TensorSource& source_;
+  const PackedSource& packed_;
   const LoadOptions& options_;
+  mutable WeightArena arena_;
 };
 
 Status ReadLayer(const Reader& reader, const ModelConfig& c, const std::string& prefix, DecoderLayer& layer) {
@@ -101,17 +131,29 @@ StatusOr<std::shared_ptr<CausalLm>> CausalLm::Load(const checkpoint::ModelFolder
   const std::string where = folder.path().string();
   StatusOr<ModelConfig> config = ModelConfig::FromJson(folder.config());
   if (!config.ok()) return Annotate(config.status(), where);
+  WeightArena arena;
+  const PackedSource packed = [&](const std::string& name) -> StatusOr<std::shared_ptr<const PackedWeight>> {
+    RF_ASSIGN_OR_RETURN(const checkpoint::GptqTensors tensors, folder.GetGptq(name));
+    if (!PackedWeight::Takes(tensors, *folder.gptq())) return NotFound(name, " cannot stay packed");
+    return PackedWeight::Pack(tensors, *folder.gptq(), arena);
+  };
+  const bool keep = options.keep_packed && folder.gptq() && options.dtype == at::kBFloat16 && options.device.is_cpu();
   StatusOr<std::shared_ptr<CausalLm>> model =
-      Load(*config, [&](const std::string& name) { return folder.Get(name); }, options);
+      Read(*config, [&](const std::string& name) { return folder.Get(name); }, keep ? packed : PackedSource(), options);
   if (!model.ok()) return Annotate(model.status(), where);
   return model;
 }
 
 StatusOr<std::shared_ptr<CausalLm>> CausalLm::Load(const ModelConfig& config, const TensorSource& source,
                                                    const LoadOptions& options) {
+  return Read(config, source, {}, options);
+}
+
+StatusOr<std::shared_ptr<CausalLm>> CausalLm::Read(const ModelConfig& config, const TensorSource& source,
+                                                   const PackedSource& packed, const LoadOptions& options) {
   const c10::InferenceMode off(false);
   const at::NoGradGuard no_grad;
-  const Reader reader(source, options);
+  const Reader reader(source, packed, options);
   auto model = std::make_shared<CausalLm>();
   model->config_ = config;
   const RopeFrequencies rope = MakeRopeFrequencies(config);
@@ -149,7 +191,10 @@ StatusOr<Linear*> CausalLm::AdaptedLinear(const std::string& module, const check
 }
 
 Status CausalLm::AttachAdapter(const checkpoint::PeftAdapter& adapter) {
-  for (const auto& [module, pair] : adapter.pairs) RF_RETURN_IF_ERROR(AdaptedLinear(module, pair).status());
+  for (const auto& [module, pair] : adapter.pairs) {
+    RF_ASSIGN_OR_RETURN(const Linear* linear, AdaptedLinear(module, pair));
+    if (linear->lora_a.defined()) return FailedPrecondition("'", module, "' has an adapter already; stack the adapters first");
+  }
   for (const auto& [module, pair] : adapter.pairs) {
     Linear* linear = FindLinear(module);
     linear->lora_a = pair.a.to(device(), at::kFloat);

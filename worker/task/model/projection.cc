@@ -21,13 +21,14 @@ Plan MakePlan(const std::vector<const Linear*>& layers) {
   Plan plan{.layers = layers};
   std::vector<at::Tensor> weights, biases;
   for (const Linear* layer : layers) {
-    plan.outputs += layer->weight.size(0);
-    weights.push_back(layer->weight);
+    plan.outputs += layer->outputs();
+    if (layer->packed == nullptr) weights.push_back(layer->weight);
     if (layer->bias.defined()) biases.push_back(layer->bias);
   }
   // Stacked biases are needed only where all layers have one, which is where the loader stacks them.
   if (!biases.empty() && biases.size() != layers.size()) return plan;
   plan.bias = biases.empty() ? at::Tensor() : StackedView(biases);
+  if (weights.size() < layers.size()) return plan;  // packed
   if (biases.empty() || plan.bias.defined()) plan.weight = StackedView(weights);
   return plan;
 }
@@ -35,7 +36,9 @@ Plan MakePlan(const std::vector<const Linear*>& layers) {
 at::Tensor Base(const at::Tensor& x, const Plan& plan) {
   if (plan.weight.defined()) return at::linear(x, plan.weight, plan.bias);
   std::vector<at::Tensor> outputs;
-  for (const Linear* layer : plan.layers) outputs.push_back(at::linear(x, layer->weight, layer->bias));
+  for (const Linear* layer : plan.layers) {
+    outputs.push_back(at::linear(x, layer->Weight(x.scalar_type()), layer->bias));
+  }
   return at::cat(outputs, 1);
 }
 
@@ -146,11 +149,15 @@ at::Tensor StackedView(const std::vector<at::Tensor>& parts) {
 
 at::Tensor Project(const at::Tensor& x, const std::vector<const Linear*>& layers) {
   TORCH_CHECK(!layers.empty() && layers.size() <= kMaxLayers, "Project: ", layers.size(), " layers");
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == layers.front()->weight.size(1), layers.front()->name, ": x ", x.sizes(),
-              ", weight ", layers.front()->weight.sizes());
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == layers.front()->inputs(), layers.front()->name, ": x ", x.sizes(), ", weight [",
+              layers.front()->outputs(), ", ", layers.front()->inputs(), "]");
   const Plan plan = MakePlan(layers);
-  bool has_factors = false;
-  for (const Linear* layer : layers) has_factors |= layer->lora_a.defined();
+  bool has_factors = false, packed = false;
+  for (const Linear* layer : layers) {
+    has_factors |= layer->lora_a.defined();
+    packed |= layer->packed != nullptr;
+  }
+  TORCH_CHECK(!has_factors || !packed, layers.front()->name, ": packed weights take no adapter");
   if (!has_factors) return Base(x, plan);
   // Autograd does not take undefined inputs: an empty tensor stands for "no factors".
   const at::Tensor none = at::empty({0}, x.options().dtype(at::kFloat));

@@ -1,0 +1,186 @@
+#include "worker/task/generate/pair_attention.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "worker/task/generate/cpu_kernels.h"
+#include "worker/task/generate/pair_simd.h"
+#include "worker/task/model/simd.h"
+
+namespace refinery::kernels {
+
+using simd::Bf16;
+
+#if defined(__x86_64__)
+namespace {
+
+constexpr int64_t kBlock = 16;  // positions of a key block
+
+RF_BF16_INLINE void StoreHalves(Bf16* to, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// e^x for x <= 0: a relative error below 3e-7; 0 below -87.
+RF_BF16_INLINE __m512 ExpOfNegative(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  }
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+  return _mm512_maskz_scalef_ps(seen, p, n);
+}
+
+// What the steps of one call share.
+struct Frame {
+  int64_t d, block0, blocks;  // key blocks [block0, block0 + blocks)
+  Bf16* queries;              // [R, d]
+  float* scores;              // [R, stride]
+  int64_t stride;             // floats of a row of scores: blocks * 16
+};
+
+// Scores of R queries against N key blocks.
+template <int R, int N>
+RF_BF16_INLINE void ScoreBlocks(const Frame& f, const Bf16* keys, int64_t block, __m512 scale) {
+  const int64_t d = f.d;
+  const Bf16* k = keys + (f.block0 + block) * kBlock * d;
+  __m512 sums[R][N];
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) sums[r][n] = _mm512_setzero_ps();
+  }
+  for (int64_t j = 0; j < d; j += 2) {
+    __m512bh pairs[N];
+    for (int n = 0; n < N; ++n) pairs[n] = LoadPairs(k + n * kBlock * d + j * kBlock);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh query = SplatPair(f.queries + r * d + j);
+      for (int n = 0; n < N; ++n) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], query, pairs[n]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) _mm512_store_ps(f.scores + r * f.stride + (block + n) * kBlock, _mm512_mul_ps(sums[r][n], scale));
+  }
+}
+
+// Scores become weights in bfloat16, in place (a weight at half its score's offset); returns 1 / their sum.
+RF_BF16_TARGET float Weigh(float* scores, int64_t count, int64_t first, int64_t last) {
+  const float lowest = -std::numeric_limits<float>::infinity();
+  for (int64_t t = 0; t < first; ++t) scores[t] = lowest;
+  for (int64_t t = last + 1; t < count; ++t) scores[t] = lowest;
+  __m512 highest = _mm512_set1_ps(lowest), total = _mm512_setzero_ps();
+  for (int64_t t = 0; t < count; t += kBlock) highest = _mm512_max_ps(highest, _mm512_load_ps(scores + t));
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+  auto* weights = reinterpret_cast<Bf16*>(scores);
+  for (int64_t t = 0; t < count; t += kBlock) {
+    const __m512 weight = ExpOfNegative(_mm512_sub_ps(_mm512_load_ps(scores + t), top));
+    total = _mm512_add_ps(total, weight);
+    StoreHalves(weights + t, weight);
+  }
+  return 1.0f / _mm512_reduce_add_ps(total);
+}
+
+// Numbers [column, column + 16 N) of the outputs.
+template <int R, int N>
+RF_BF16_INLINE void MixValues(const Frame& f, const PairAttentionItem& item, int64_t column, int64_t count, const float* inverse) {
+  const Bf16* values = item.values + (f.block0 * kBlock * f.d + column * 2);
+  __m512 sums[R][N];
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) sums[r][n] = _mm512_setzero_ps();
+  }
+  for (int64_t t = 0; t < count; t += 2) {
+    __m512bh pairs[N];
+    for (int n = 0; n < N; ++n) pairs[n] = LoadPairs(values + t * f.d + n * 32);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh weight = SplatPair(reinterpret_cast<const Bf16*>(f.scores + r * f.stride) + t);
+      for (int n = 0; n < N; ++n) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], weight, pairs[n]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const __m512 scale = _mm512_set1_ps(inverse[r]);
+    for (int n = 0; n < N; ++n) {
+      StoreHalves(item.queries[r].out + column + n * 16, _mm512_mul_ps(sums[r][n], scale));
+    }
+  }
+}
+
+template <int R>
+RF_BF16_TARGET void Attend(const PairAttentionItem& item) {
+  int64_t first = item.queries[0].first, last = item.queries[0].last;
+  for (int r = 1; r < R; ++r) {
+    first = std::min(first, item.queries[r].first);
+    last = std::max(last, item.queries[r].last);
+  }
+  const int64_t block0 = first / kBlock, blocks = last / kBlock + 1 - block0, d = item.head_dim;
+  const Frame f{d, block0, blocks, reinterpret_cast<Bf16*>(item.scratch), item.scratch + kPairQueries * d / 2, blocks * kBlock};
+  for (int r = 0; r < R; ++r) {
+    for (int64_t j = 0; j < d; j += 16) StoreHalves(f.queries + r * d + j, _mm512_loadu_ps(item.queries[r].query + j));
+  }
+  const __m512 scale = _mm512_set1_ps(item.scale);
+  int64_t block = 0;
+  for (; block + 4 <= blocks; block += 4) ScoreBlocks<R, 4>(f, item.keys, block, scale);
+  for (; block < blocks; ++block) ScoreBlocks<R, 1>(f, item.keys, block, scale);
+  float inverse[R];
+  for (int r = 0; r < R; ++r) {
+    inverse[r] = Weigh(f.scores + r * f.stride, f.stride, item.queries[r].first - block0 * kBlock,
+                       item.queries[r].last - block0 * kBlock);
+  }
+  const int64_t count = last + 1 - block0 * kBlock;  // an odd one takes the next position's weight 0
+  int64_t column = 0;
+  for (; column + 64 <= d; column += 64) MixValues<R, 4>(f, item, column, count, inverse);
+  for (; column < d; column += 16) MixValues<R, 1>(f, item, column, count, inverse);
+}
+
+}  // namespace
+
+bool PairAttentionWorks(int64_t head_dim) { return HasPairs() && head_dim % 16 == 0; }
+
+RF_BF16_TARGET void WritePairKey(const float* key, Bf16* keys, int64_t position, int64_t head_dim) {
+  Bf16* column = keys + position / kBlock * kBlock * head_dim + position % kBlock * 2;
+  for (int64_t j = 0; j < head_dim; j += 16) {
+    alignas(32) uint32_t pairs[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(key + j)));
+    for (int64_t i = 0; i < 8; ++i) __builtin_memcpy(column + (j + 2 * i) * kBlock, &pairs[i], sizeof(uint32_t));
+  }
+}
+
+// The first of a pair clears the second, so that a weight of 0 meets a number there.
+RF_BF16_TARGET void WritePairValue(const float* value, Bf16* values, int64_t position, int64_t head_dim) {
+  Bf16* pairs = values + position / 2 * 2 * head_dim;
+  for (int64_t j = 0; j < head_dim; j += 16) {
+    const __m512i halves = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(value + j)));
+    if (position % 2 == 0) {
+      _mm512_storeu_si512(pairs + 2 * j, halves);
+    } else {
+      const __m512i low = _mm512_and_si512(_mm512_loadu_si512(pairs + 2 * j), _mm512_set1_epi32(0xffff));
+      _mm512_storeu_si512(pairs + 2 * j, _mm512_or_si512(low, _mm512_slli_epi32(halves, 16)));
+    }
+  }
+}
+
+void AttendPairs(const PairAttentionItem& item) {
+  switch (item.count) {
+    case 1: return Attend<1>(item);
+    case 2: return Attend<2>(item);
+    case 3: return Attend<3>(item);
+    case 4: return Attend<4>(item);
+    case 5: return Attend<5>(item);
+    default: return Attend<6>(item);
+  }
+}
+
+#else
+
+bool PairAttentionWorks(int64_t) { return false; }
+void WritePairKey(const float*, Bf16*, int64_t, int64_t) {}
+void WritePairValue(const float*, Bf16*, int64_t, int64_t) {}
+void AttendPairs(const PairAttentionItem&) {}
+
+#endif
+
+int64_t PairScratchFloats(int64_t span, int64_t head_dim) {
+  return kPairQueries * (head_dim / 2 + (span / 16 + 2) * 16);
+}
+
+}  // namespace refinery::kernels

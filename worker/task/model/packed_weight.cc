@@ -1,0 +1,76 @@
+#include "worker/task/runtime/torch.h"
+// The precompiled header comes first.
+#include <ATen/Parallel.h>
+
+#include "worker/task/model/packed_weight.h"
+
+namespace refinery::model {
+
+int64_t PackedWeight::bytes() const {
+  return static_cast<int64_t>(codes.nbytes() + scales.nbytes() + (offsets.defined() ? offsets.nbytes() : 0));
+}
+
+bool PackedWeight::Takes(const checkpoint::GptqTensors& tensors, const checkpoint::GptqFormat& format) {
+  if (format.group_size > 0 && format.group_size % kGroupUnit != 0) return false;
+  if (!tensors.g_idx.defined() || format.group_size <= 0) return true;
+  const at::Tensor in_order = at::arange(tensors.g_idx.size(0), at::kInt).floor_divide_(format.group_size);
+  return at::equal(tensors.g_idx, in_order);
+}
+
+StatusOr<std::shared_ptr<const PackedWeight>> PackedWeight::Pack(const checkpoint::GptqTensors& tensors,
+                                                                 const checkpoint::GptqFormat& format, WeightArena& arena) {
+  RF_ASSIGN_OR_RETURN(const checkpoint::GptqCodes unpacked, checkpoint::UnpackGptq(tensors, format));
+  auto packed = std::make_shared<PackedWeight>();
+  packed->outputs = unpacked.codes.size(0);
+  packed->inputs = unpacked.codes.size(1);
+  packed->bits = format.bits;
+  packed->group_size = format.group_size > 0 ? format.group_size : (packed->inputs + kChunk - 1) / kChunk * kChunk;
+  packed->scales = arena.Empty({packed->outputs, packed->groups()}, at::kHalf).copy_(tensors.scales.t());
+  const at::Tensor offsets = (int64_t{1} << (format.bits - 1)) - unpacked.zeros.to(at::kFloat);
+  if (!offsets.eq(0).all().item<bool>()) packed->offsets = offsets.contiguous();
+  const int64_t inputs = packed->inputs, chunks = packed->chunks(), planes = packed->planes();
+  packed->codes = arena.Empty({packed->outputs, chunks * planes * kPlaneBytes}, at::kByte).zero_();
+  const uint8_t* from = unpacked.codes.const_data_ptr<uint8_t>();
+  uint8_t* to = packed->codes.data_ptr<uint8_t>();
+  at::parallel_for(0, packed->outputs, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t i = 0; i < inputs; ++i) {
+        const int64_t place = i % kChunk;
+        uint8_t* cell = to + (o * chunks + i / kChunk) * planes * kPlaneBytes + place % 32;
+        const int shift = place < 32 ? 0 : 4;
+        for (int64_t plane = 0; plane < planes; ++plane) {
+          cell[plane * kPlaneBytes] |= static_cast<uint8_t>(((from[o * inputs + i] >> (4 * plane)) & 15) << shift);
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+at::Tensor PackedWeight::Expand(at::ScalarType dtype) const {
+  const at::Tensor weight = at::empty({outputs, inputs}, at::kFloat), wide = scales.to(at::kFloat);
+  const uint8_t* from = codes.const_data_ptr<uint8_t>();
+  const float* scale = wide.const_data_ptr<float>();
+  const float* offset = offsets.defined() ? offsets.const_data_ptr<float>() : nullptr;
+  float* to = weight.data_ptr<float>();
+  const int64_t stride = chunks() * planes() * kPlaneBytes;
+  const float centre = static_cast<float>(int64_t{1} << (bits - 1));
+  at::parallel_for(0, outputs, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t i = 0; i < inputs; i += 32) {  // 32 inputs lie in one half of a chunk's bytes, and in one group
+        const uint8_t* cell = from + o * stride + i / kChunk * planes() * kPlaneBytes;
+        const int shift = i % kChunk == 0 ? 0 : 4;
+        const int64_t group = o * groups() + i / group_size;
+        const float add = (offset == nullptr ? 0.0f : offset[group]) - centre;
+        for (int64_t j = 0; j < std::min<int64_t>(32, inputs - i); ++j) {
+          int code = (cell[j] >> shift) & 15;
+          if (bits == 8) code |= ((cell[kPlaneBytes + j] >> shift) & 15) << 4;
+          to[o * inputs + i + j] = scale[group] * (static_cast<float>(code) + add);
+        }
+      }
+    }
+  });
+  return weight.to(dtype);
+}
+
+}  // namespace refinery::model

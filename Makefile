@@ -1,5 +1,5 @@
 # The commands that people type. Everything else is CMake (see CMakePresets.json).
-.PHONY: demo test parity install install-model build programs clean
+.PHONY: demo test test-malformed fuzz parity bench-model bench-eval install install-model build programs clean
 
 PRESET ?= dev
 BUILD := build/$(PRESET)
@@ -15,12 +15,36 @@ demo: install-model programs
 	$(BUILD)/bin/refinery run deploy/recipes/demo.yaml
 
 # Every test that needs no GPU.
-test: install-model build
+test: install-model build test-malformed
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j1
+
+# Malformed files under AddressSanitizer and UndefinedBehaviorSanitizer: some thousand inputs, each read or refused in time.
+test-malformed:
+	cmake --preset asan
+	cmake --build build/asan --target fuzz_replays
+	ctest --test-dir build/asan -L fuzz --output-on-failure --no-tests=error -j1
+
+# libFuzzer without end on one format: make fuzz FORMAT=gguf (safetensors, tokenizer, template, model_folder, peft, table).
+FORMAT ?= gguf
+fuzz:
+	cmake --preset fuzz
+	cmake --build build/fuzz --target $(FORMAT)_fuzz
+	mkdir -p build/fuzz/corpus/$(FORMAT)
+	build/fuzz/bin/$(FORMAT)_fuzz -timeout=5 -rss_limit_mb=2048 build/fuzz/corpus/$(FORMAT) tests/fuzz/corpus/$(FORMAT)
 
 # Comparisons with the live Python peers in a virtual environment of their own.
 parity: install-model build
 	tests/parity/run.sh $(BUILD)
+
+# Speed and exactness of evaluation against lm-evaluation-harness, in a virtual environment of its own; needs ../shared/data.
+# The generation engine beside transformers and llama.cpp: a row per point, fails where a bound is missed.
+bench-model: install-model $(BUILD)/build.ninja
+	cmake --build $(BUILD) --target refinery_model_benchmark
+	tests/bench/run.sh model_bench.py --programs $(BUILD)/bin
+
+bench-eval: install-model programs
+	cmake --build $(BUILD) --target eval_test data_test
+	tests/bench/run.sh eval_bench.py --build $(BUILD)
 
 install:
 	deploy/install_dependencies.sh

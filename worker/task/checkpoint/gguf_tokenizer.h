@@ -2,9 +2,11 @@
 //
 // tokenizer.json and tokenizer_config.json rebuilt from the vocabulary inside a GGUF file.
 //
-// Byte-level BPE only (tokenizer.ggml.model "gpt2") with the pre-tokenizers of GPT-2, SmolLM, Qwen2 and Llama 3: then
-// the result splits and merges exactly as the model's own Hugging Face tokenizer. Token ids are those of the GGUF
-// file. Tokens that only fill the embedding up (type "unused") are left out, as in the original files.
+// Two kinds. Byte-level BPE (tokenizer.ggml.model "gpt2") with the pre-tokenizers of GPT-2, SmolLM, Qwen2 and Llama 3:
+// the result splits and merges exactly as the model's own Hugging Face tokenizer. SentencePiece BPE ("llama"): pieces
+// with scores become the merges of Hugging Face's conversion, with byte fallback and the blank before a text
+// (add_space_prefix). Token ids are those of the GGUF file. Control, unknown and user-defined tokens are found in texts
+// as they stand. Tokens that only fill the embedding up (type "unused") are left out, as in the original files.
 // Source: llama.cpp's convert_hf_to_gguf.py (what the fields mean), the tokenizer.json files of the named models.
 // Errors: INVALID_ARGUMENT for other tokenizers, DATA_LOSS for contradictory vocabularies; both name the file.
 

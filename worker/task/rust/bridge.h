@@ -62,6 +62,8 @@ int64_t RbTokenizerTokenToId(const RbTokenizer* tokenizer, RbText token);
 // Compiles a Jinja template with the settings of transformers' apply_chat_template: trim_blocks, lstrip_blocks, loop
 // controls, Python's string methods, tojson without HTML escapes, raise_exception, strftime_now, generation blocks.
 int RbTemplateNew(RbText source, RbTemplate** out, RbString* error);
+// The same for prompts: no white space is trimmed, and a variable that is not there is an error.
+int RbTemplateNewPlain(RbText source, RbTemplate** out, RbString* error);
 void RbTemplateFree(RbTemplate* chat_template);
 // Renders with the variables of a JSON object. strftime_now formats `now_seconds` since 1970 in UTC.
 int RbTemplateRender(const RbTemplate* chat_template, RbText context_json, int64_t now_seconds, RbString* out,

@@ -6,6 +6,7 @@
 
 #include "common/files.h"
 #include "worker/task/tokenizer/bridge_text.h"
+#include "worker/task/tokenizer/chat_messages.h"
 
 namespace refinery::tokenizer {
 namespace {
@@ -162,17 +163,24 @@ StatusOr<std::string> Tokenizer::ApplyChatTemplate(const std::vector<ChatMessage
 
 StatusOr<std::string> Tokenizer::ApplyChatTemplate(const std::vector<ChatMessage>& messages, bool add_generation_prompt,
                                                    const ChatOptions& options) const {
+  nlohmann::ordered_json list = nlohmann::ordered_json::array();
+  // Ordered: a template that prints a whole message shows role before content, as users write it.
+  for (const ChatMessage& message : messages) list.push_back({{"role", message.role}, {"content", message.content}});
+  return RenderChat(list, add_generation_prompt, options);
+}
+
+StatusOr<std::string> Tokenizer::RenderChat(const nlohmann::ordered_json& messages, bool add_generation_prompt,
+                                            const ChatOptions& options) const {
   if (impl_->chat_template == nullptr)
     return FailedPrecondition(impl_->folder, " has no chat template; use plain prompts with this model");
-  // Ordered: a template that prints a whole message shows role before content, as users write it.
+  if (options.continue_final_message && add_generation_prompt)
+    return InvalidArgument("a final message that is continued has no generation prompt after it");
   nlohmann::ordered_json context = impl_->special_tokens;
-  context["messages"] = nlohmann::ordered_json::array();
-  for (const ChatMessage& message : messages)
-    context["messages"].push_back({{"role", message.role}, {"content", message.content}});
-  context["tools"] = nullptr;
-  context["documents"] = nullptr;
+  RF_ASSIGN_OR_RETURN(context["messages"], TemplateMessages(messages, options.continue_final_message));
+  context["tools"] = options.tools;
+  context["documents"] = options.documents;
   context["add_generation_prompt"] = add_generation_prompt;
-  for (const auto& [name, value] : options.variables) context[name] = nlohmann::ordered_json(value);
+  for (const auto& [name, value] : options.variables) context[name] = value;
   std::string text;
   try {
     text = context.dump();
@@ -182,7 +190,8 @@ StatusOr<std::string> Tokenizer::ApplyChatTemplate(const std::vector<ChatMessage
   OwnedString rendered, error;
   if (RbTemplateRender(impl_->chat_template, TextOf(text), options.now_seconds, &rendered, &error) != 0)
     return InvalidArgument("the chat template of ", impl_->folder, " refuses these messages: ", error.Take());
-  return rendered.Take();
+  if (!options.continue_final_message) return rendered.Take();
+  return CutAtFinalMessage(rendered.Take(), messages);
 }
 
 const std::string& Tokenizer::folder() const { return impl_->folder; }

@@ -1,47 +1,220 @@
 //! Chat templates as transformers renders them (jinja2 with trim_blocks and lstrip_blocks), on minijinja.
+//!
+//! Operators that make texts and lists are replaced by calls of python_operators.rs after the template is compiled, so
+//! that they do what Python's do and stay within the budget.
 
+use crate::{budget, python_filters, python_operators};
+use minijinja::machinery::{self, CodeGenerator, Instruction, Instructions, Token};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
+use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 use serde_json::Value as Json;
+use std::collections::BTreeMap;
 
-/// Instructions that one rendering may use: a template from a model folder must not hang the program.
-const FUEL: u64 = 20_000_000;
 const NAME: &str = "chat_template";
 /// The variable that carries the clock from `render` to `strftime_now`.
 const CLOCK: &str = "__refinery_now_seconds";
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+const MAX_CONTEXT_BYTES: usize = 64 << 20;
+/// Text of the template that instructions may copy in all: what a loop repeats.
+const MAX_COPIED_BYTES: u64 = 256 << 20;
+const MAX_EXPRESSION_TOKENS: u128 = 20_000;
+/// Values that hold one another are freed by recursion. Only reserved: a rendering uses what it needs.
+const STACK_BYTES: usize = 512 << 20;
 
 pub struct ChatTemplate {
+    // Both borrow from `source`, which therefore comes last: fields are dropped in order.
+    instructions: Instructions<'static>,
+    blocks: BTreeMap<&'static str, Instructions<'static>>,
     environment: Environment<'static>,
+    strict: bool,
+    _source: Box<str>,
 }
 
 impl ChatTemplate {
     pub fn compile(source: &str) -> Result<Self, String> {
-        let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
-        environment.set_syntax(syntax.build().map_err(|error| describe(&error))?);
-        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_fuel(Some(FUEL));
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned(NAME, replace_generation_tags(source))
-            .map_err(|error| describe(&error))?;
-        Ok(Self { environment })
+        let syntax = syntax.build().map_err(|error| describe(&error))?;
+        with_deep_stack(|| Self::compile_with(&replace_generation_tags(source), syntax, false))
+    }
+
+    /// A prompt: no white space is trimmed, and a variable that is not there is an error.
+    pub fn compile_plain(source: &str) -> Result<Self, String> {
+        let mut syntax = SyntaxConfig::builder();
+        syntax.keep_trailing_newline(true);
+        let syntax = syntax.build().map_err(|error| describe(&error))?;
+        with_deep_stack(|| Self::compile_with(source, syntax, true))
+    }
+
+    fn compile_with(source: &str, syntax: SyntaxConfig, strict: bool) -> Result<Self, String> {
+        if source.len() > MAX_SOURCE_BYTES {
+            return Err(format!("the template has {} bytes (at most {MAX_SOURCE_BYTES})", source.len()));
+        }
+        let owned: Box<str> = source.into();
+        // The text lives on the heap and as long as the instructions that borrow from it (see the struct).
+        let text: &'static str = unsafe { &*(&*owned as *const str) };
+        check_constants(text, &syntax).map_err(|error| describe(&error))?;
+        let tree = machinery::parse(text, NAME, syntax).map_err(|error| describe(&error))?;
+        let mut generator = CodeGenerator::new(NAME, text);
+        generator.compile_stmt(&tree);
+        let (instructions, mut blocks) = generator.finish();
+        let (instructions, mut longest) = rewrite(&instructions, text);
+        for block in blocks.values_mut() {
+            let size;
+            (*block, size) = rewrite(block, text);
+            longest = longest.max(size);
+        }
+        let fuel = budget::FUEL.min(MAX_COPIED_BYTES / longest.max(1) as u64);
+        Ok(Self { instructions, blocks, environment: environment(fuel, strict), strict, _source: owned })
     }
 
     pub fn render(&self, context_json: &str, now_seconds: i64) -> Result<String, String> {
+        if context_json.len() > MAX_CONTEXT_BYTES {
+            return Err(format!("the messages have {} bytes (at most {MAX_CONTEXT_BYTES})", context_json.len()));
+        }
+        with_deep_stack(|| self.render_here(context_json, now_seconds))
+    }
+
+    fn render_here(&self, context_json: &str, now_seconds: i64) -> Result<String, String> {
         let mut context: Json =
             serde_json::from_str(context_json).map_err(|error| format!("template variables: {error}"))?;
         let variables = context.as_object_mut().ok_or("template variables must be a JSON object")?;
         variables.insert(CLOCK.to_string(), Json::from(now_seconds));
-        let template = self.environment.get_template(NAME).map_err(|error| describe(&error))?;
-        template.render(Value::from(Serde(&context))).map_err(|error| describe(&error))
+        budget::start(self.strict);
+        let mut text = String::new();
+        {
+            let mut out = machinery::make_string_output(&mut text);
+            machinery::eval(
+                &self.environment,
+                &self.instructions,
+                Value::from(Serde(&context)),
+                &self.blocks,
+                &mut out,
+                AutoEscape::None,
+            )
+            .map_err(|error| describe(&error))?;
+        }
+        if text.len() > budget::MAX_TEXT_BYTES {
+            return Err(describe(&budget::refused("a text of more than 16 MiB")));
+        }
+        Ok(text)
     }
+}
+
+fn environment(fuel: u64, strict: bool) -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(if strict { UndefinedBehavior::Strict } else { UndefinedBehavior::Lenient });
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_fuel(Some(fuel));
+    environment.set_formatter(|out, _state, value| {
+        let text = python_filters::shown(value)?;
+        out.write_str(&text).map_err(Error::from)
+    });
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    python_filters::register(&mut environment);
+    python_operators::register(&mut environment);
+    environment
+}
+
+/// Puts calls of our own operators in the place of instructions that make values (both take as many values from the
+/// stack and leave one), and a look at the clock after each that may take long. Returns the size of the longest piece of
+/// plain text too.
+fn rewrite<'a>(old: &Instructions<'a>, source: &'a str) -> (Instructions<'a>, usize) {
+    let mut longest = 0;
+    let mut places = Vec::new(); // of the old instructions among the new
+    let mut length = 0;
+    while let Some(instruction) = old.get(places.len() as u32) {
+        places.push(length);
+        length += if takes_long(instruction) { 3 } else { 1 };
+    }
+    places.push(length);
+    let mut new = Instructions::new(NAME, source);
+    for index in 0..places.len() as u32 - 1 {
+        let (Some(instruction), span) = (old.get(index), old.get_span(index)) else { break };
+        let mut instruction = replaced(instruction);
+        match &mut instruction {
+            Instruction::EmitRaw(text) => longest = longest.max(text.len()),
+            Instruction::Iterate(target)
+            | Instruction::Jump(target)
+            | Instruction::JumpIfFalse(target)
+            | Instruction::JumpIfFalseOrPop(target)
+            | Instruction::JumpIfTrueOrPop(target)
+            | Instruction::BuildMacro(_, target, _) => *target = places[*target as usize],
+            _ => {}
+        }
+        let ticks = old.get(index).is_some_and(takes_long);
+        let line = old.get_line(index).unwrap_or(0) as u16;
+        for instruction in std::iter::once(instruction).chain(ticks.then(|| TICK.clone()).into_iter().flatten()) {
+            match span {
+                Some(span) => new.add_with_span(instruction, span),
+                None => new.add_with_line(instruction, line),
+            };
+        }
+    }
+    (new, longest)
+}
+
+const TICK: [Instruction<'static>; 2] =
+    [Instruction::CallFunction(python_operators::TICK, Some(0)), Instruction::DiscardTop];
+
+fn takes_long(instruction: &Instruction) -> bool {
+    use Instruction::{ApplyFilter, CallMethod, Eq, Gt, Gte, In, Lt, Lte, Ne, PerformTest, Slice};
+    matches!(instruction, ApplyFilter(..) | CallMethod(..) | Eq | Gt | Gte | In | Lt | Lte | Ne | PerformTest(..) | Slice)
+}
+
+fn replaced<'a>(instruction: &Instruction<'a>) -> Instruction<'a> {
+    let call = |name: &'static str, count: usize| u16::try_from(count).ok().map(|n| Instruction::CallFunction(name, Some(n)));
+    let replacement = match instruction {
+        Instruction::Add => call(python_operators::ADD, 2),
+        Instruction::Mul => call(python_operators::MUL, 2),
+        Instruction::Rem => call(python_operators::REM, 2),
+        Instruction::StringConcat => call(python_operators::CONCAT, 2),
+        Instruction::BuildList(Some(count)) => call(python_operators::LIST, *count),
+        Instruction::BuildTuple(Some(count)) => call(python_operators::TUPLE, *count),
+        Instruction::BuildMap(count) => call(python_operators::MAP, count.saturating_mul(2)),
+        _ => None,
+    };
+    replacement.unwrap_or_else(|| instruction.clone())
+}
+
+/// Constant expressions are computed while the template is compiled, without a bound: "a" * 100000000.
+fn check_constants(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
+    let (mut repeats, mut text, mut product, mut tokens) = (false, false, 1u128, 0u128);
+    for token in machinery::tokenize(source, false, syntax.clone()) {
+        let (token, _) = token?;
+        tokens += 1;
+        match token {
+            Token::Mul | Token::Pow => repeats = true,
+            Token::Str(_) | Token::String(_) | Token::BracketOpen => text = true,
+            Token::Int(number) => product = product.saturating_mul(u128::from(number).max(1)),
+            Token::Int128(number) => product = product.saturating_mul(*number),
+            Token::VariableStart | Token::BlockStart => (repeats, text, product, tokens) = (false, false, 1, 0),
+            Token::VariableEnd | Token::BlockEnd if repeats && text => {
+                if product.saturating_mul(tokens) > 64 << 20 {
+                    return Err(budget::refused("a constant of more than 16 MiB"));
+                }
+            }
+            _ => {}
+        }
+        if tokens > MAX_EXPRESSION_TOKENS {
+            return Err(budget::refused("an expression of more than 20000 parts"));
+        }
+    }
+    Ok(())
+}
+
+/// Runs `work` with a stack that is deep enough for what recurses over templates and values.
+fn with_deep_stack<T: Send>(work: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn_scoped(scope, work)
+            .map_err(|error| format!("no thread for the template: {error}"))?
+            .join()
+            .unwrap_or_else(|_| Err("the template library panicked".to_string()))
+    })
 }
 
 /// The error and what caused it, in one line.
@@ -110,92 +283,3 @@ fn strftime_now(state: &State, format: String) -> Result<String, Error> {
     String::from_utf8(buffer).map_err(|_| invalid())
 }
 
-/// Python's json.dumps(value, ensure_ascii=False, ...): jinja2's own filter would escape HTML.
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let failed = |error: serde_json::Error| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
-    let ensure_ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
-    let indent = options.get::<Option<usize>>("indent")?;
-    let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    let separators = options.get::<Option<Vec<String>>>("separators")?;
-    options.assert_all_used()?;
-    let (item, key) = match separators.as_deref() {
-        Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "tojson: separators must be a pair")),
-        None => (if indent.is_some() { "," } else { ", " }.to_string(), ": ".to_string()),
-    };
-    let json = serde_json::to_value(value).map_err(failed)?;
-    let indent = indent.map(|n| n.min(64));
-    let mut writer = JsonWriter { out: String::new(), indent, item, key, ensure_ascii, sort_keys };
-    writer.write(&json, 0);
-    Ok(Value::from_safe_string(writer.out))
-}
-
-struct JsonWriter {
-    out: String,
-    indent: Option<usize>,
-    item: String,
-    key: String,
-    ensure_ascii: bool,
-    sort_keys: bool,
-}
-
-impl JsonWriter {
-    fn write(&mut self, json: &Json, depth: usize) {
-        match json {
-            Json::Array(items) if !items.is_empty() => {
-                self.out.push('[');
-                for (i, item) in items.iter().enumerate() {
-                    self.start_item(i, depth + 1);
-                    self.write(item, depth + 1);
-                }
-                self.new_line(depth);
-                self.out.push(']');
-            }
-            Json::Object(map) if !map.is_empty() => {
-                let mut entries: Vec<(&String, &Json)> = map.iter().collect();
-                if self.sort_keys {
-                    entries.sort_by_key(|entry| entry.0);
-                }
-                self.out.push('{');
-                for (i, (name, value)) in entries.into_iter().enumerate() {
-                    self.start_item(i, depth + 1);
-                    self.write_string(name);
-                    self.out.push_str(&self.key);
-                    self.write(value, depth + 1);
-                }
-                self.new_line(depth);
-                self.out.push('}');
-            }
-            Json::String(text) => self.write_string(text),
-            other => self.out.push_str(&other.to_string()),
-        }
-    }
-
-    fn start_item(&mut self, index: usize, depth: usize) {
-        if index > 0 {
-            self.out.push_str(&self.item);
-        }
-        self.new_line(depth);
-    }
-
-    fn new_line(&mut self, depth: usize) {
-        if let Some(width) = self.indent {
-            self.out.push('\n');
-            self.out.extend(std::iter::repeat_n(' ', width * depth));
-        }
-    }
-
-    fn write_string(&mut self, text: &str) {
-        let quoted = Json::from(text).to_string();
-        if !self.ensure_ascii {
-            self.out.push_str(&quoted);
-            return;
-        }
-        for unit in quoted.encode_utf16() {
-            match u8::try_from(unit) {
-                Ok(byte) if byte.is_ascii() => self.out.push(byte as char),
-                _ => self.out.push_str(&format!("\\u{unit:04x}")),
-            }
-        }
-    }
-}

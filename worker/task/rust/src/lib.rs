@@ -1,8 +1,12 @@
 //! The C interface declared in bridge.h. Every entry point runs under `guard`, which turns errors and panics into text.
 
+mod budget;
 mod chat_template;
 mod constraint;
 mod table;
+mod python_filters;
+mod python_operators;
+mod python_text;
 mod text_tokenizer;
 
 use chat_template::ChatTemplate;
@@ -172,6 +176,14 @@ pub unsafe extern "C" fn RbTokenizerTokenToId(tokenizer: *const TextTokenizer, t
 pub unsafe extern "C" fn RbTemplateNew(source: RbText, out: *mut *mut ChatTemplate, error: *mut RbString) -> c_int {
     guard(error, || {
         *out = Box::into_raw(Box::new(ChatTemplate::compile(source.as_str()?)?));
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn RbTemplateNewPlain(source: RbText, out: *mut *mut ChatTemplate, error: *mut RbString) -> c_int {
+    guard(error, || {
+        *out = Box::into_raw(Box::new(ChatTemplate::compile_plain(source.as_str()?)?));
         Ok(())
     })
 }

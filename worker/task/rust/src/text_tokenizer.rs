@@ -10,6 +10,7 @@ pub struct TextTokenizer {
 
 impl TextTokenizer {
     pub fn from_json(json: &str) -> Result<Self, String> {
+        check_claims(json)?;
         let mut inner: Tokenizer = json.parse().map_err(|error| format!("not a tokenizer.json: {error}"))?;
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         inner.with_padding(None);
@@ -80,6 +81,51 @@ impl TextTokenizer {
         words.iter_mut().filter(|word| word.len() > MAX_TOKEN_BYTES).for_each(|word| word.clear());
         Ok(words)
     }
+}
+
+const CHARSMAP: &str = "precompiled_charsmap";
+/// How much longer the replacements of a tokenizer may make a text, all together; real ones turn a space into three bytes.
+const MAX_GROWTH: usize = 4096;
+
+/// Refuses what would take gigabytes: a charsmap that claims more than it holds, replacements that multiply one another.
+fn check_claims(json: &str) -> Result<(), String> {
+    if !json.contains(CHARSMAP) && !json.contains("\"Replace\"") {
+        return Ok(());
+    }
+    let Ok(root) = serde_json::from_str::<serde_json::Value>(json) else { return Ok(()) }; // its reader says why
+    let mut left: Vec<_> = ["normalizer", "decoder"].iter().filter_map(|part| root.get(part)).collect();
+    let mut growth = 1usize;
+    while let Some(value) = left.pop() {
+        if let Some(map) = value.get(CHARSMAP).and_then(|map| map.as_str()) {
+            let size = trie_bytes(map);
+            if size > map.len() / 4 * 3 {
+                return Err(format!("not a tokenizer.json: a {CHARSMAP} claims a trie of {size} bytes, more than it holds"));
+            }
+        }
+        if let (Some(pattern), Some(content)) = (value.get("pattern"), value.get("content").and_then(|text| text.as_str())) {
+            let replaced = pattern.get("String").and_then(|text| text.as_str()).map_or(1, |text| text.len().max(1));
+            growth = growth.saturating_mul(content.len().div_ceil(replaced).max(1));
+        }
+        match value {
+            serde_json::Value::Array(items) => left.extend(items),
+            serde_json::Value::Object(fields) => left.extend(fields.values()),
+            _ => {}
+        }
+    }
+    if growth > MAX_GROWTH {
+        return Err(format!("not a tokenizer.json: its replacements make a text up to {growth} times as long"));
+    }
+    Ok(())
+}
+
+/// What a SentencePiece charsmap (base64) begins with: the size of its trie, for which its reader makes room at once.
+fn trie_bytes(map: &str) -> usize {
+    const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let bits = map.bytes().take(6).enumerate().fold(0u64, |bits, (i, letter)| {
+        let place = LETTERS.iter().position(|&other| other == letter).unwrap_or(0);
+        bits | (place as u64) << (42 - 6 * i)
+    });
+    u32::from_le_bytes([40, 32, 24, 16].map(|shift| (bits >> shift) as u8)) as usize
 }
 
 const MAX_TOKEN_IDS: usize = 1 << 22;

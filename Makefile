@@ -36,12 +36,12 @@ fuzz:
 parity: install-model build
 	tests/parity/run.sh $(BUILD)
 
-# Speed and exactness of evaluation against lm-evaluation-harness, in a virtual environment of its own; needs ../shared/data.
 # The generation engine beside transformers and llama.cpp: a row per point, fails where a bound is missed.
 bench-model: install-model $(BUILD)/build.ninja
 	cmake --build $(BUILD) --target refinery_model_benchmark
 	tests/bench/run.sh model_bench.py --programs $(BUILD)/bin
 
+# Speed and exactness of evaluation against lm-evaluation-harness, in a virtual environment of its own; needs ../shared/data.
 bench-eval: install-model programs
 	cmake --build $(BUILD) --target eval_test data_test
 	tests/bench/run.sh eval_bench.py --build $(BUILD)

@@ -37,6 +37,20 @@ void KeepFreedPages() {
   mallopt(M_TOP_PAD, 64 << 20);
 }
 
+// Reading a part of a mapped file that someone cut off meanwhile ends a program by SIGBUS: the log should say what that means.
+void OnBusError(int) {
+  constexpr char kText[] = "refinery-task: a file that it reads became shorter (SIGBUS); leave model files alone while they are in use\n";
+  (void)!::write(STDERR_FILENO, kText, sizeof(kText) - 1);
+  ::raise(SIGBUS);   // SA_RESETHAND: now it ends the program, and the agent sees the signal
+}
+
+void ExplainBusErrors() {
+  struct sigaction action {};
+  action.sa_handler = OnBusError;
+  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_NODEFER);
+  ::sigaction(SIGBUS, &action, nullptr);
+}
+
 int Fail(const absl::Status& status) {
   std::fprintf(stderr, "refinery-task: %s\n", refinery::Message(status).c_str());
   return 2;
@@ -94,6 +108,7 @@ int ConvertTable(const ConvertOptions& convert) {
 
 int main(int argc, char** argv) {
   KeepFreedPages();
+  ExplainBusErrors();
   CLI::App app{"Runs one Refinery task."};
   app.set_version_flag("--version", REFINERY_VERSION);
   refinery::task::StartOptions start;

@@ -110,6 +110,39 @@ TEST_F(ConstraintTest, SchemasTakeTheirOwnValuesAndNoOthers) {
   ExpectSchema("true", {"{}", "[1, {\"a\": null}]", "\"x\""}, {"{", "nul"});
 }
 
+// The bits as one hexadecimal number, bit t for token t.
+std::string Hex(const std::vector<uint32_t>& bits) {
+  std::string text;
+  for (size_t digit = bits.size() * 8; digit-- > 0;) {
+    const uint32_t value = bits[digit / 8] >> (digit % 8 * 4) & 15;
+    if (value != 0 || !text.empty() || digit == 0) text += "0123456789abcdef"[value];
+  }
+  return text;
+}
+
+// Goal: every mask is the peer's.  Method: tests/vectors/tokenizer/make_constraint_vectors.py (llguidance for Python).
+TEST_F(ConstraintTest, MasksAreThoseOfThePythonPackage) {
+  const nlohmann::json vectors = nlohmann::json::parse(*ReadFile(kVectors / "constraints.json"));
+  for (const nlohmann::json& example : vectors["cases"]) {
+    const std::string kind = example["kind"], source = example["source"];
+    SCOPED_TRACE(source);
+    auto constraint = kind == "json"    ? factory_->FromJsonSchema(source)
+                      : kind == "regex" ? factory_->FromRegex(source)
+                                        : factory_->FromLark(source);
+    ASSERT_THAT(constraint, IsOk());
+    const std::vector<int32_t> ids = *tokenizer_->Encode(example["text"].get<std::string>(), false);
+    ASSERT_EQ(ids.size() + 1, example["masks"].size());
+    std::vector<uint32_t> bits;
+    for (size_t i = 0; i <= ids.size(); ++i) {
+      ASSERT_THAT((*constraint)->Mask(bits), IsOk());
+      EXPECT_EQ(Hex(bits), example["masks"][i].get<std::string>()) << "before token " << i;
+      if (i < ids.size()) {
+        ASSERT_THAT((*constraint)->Accept(ids[i]), IsOk());
+      }
+    }
+  }
+}
+
 TEST_F(ConstraintTest, RegularExpressionsMatchWholeTexts) {
   auto takes = [&](const std::string& regex, const std::string& text) {
     auto constraint = factory_->FromRegex(regex);

@@ -161,11 +161,15 @@ const TICK: [Instruction<'static>; 2] =
 
 fn takes_long(instruction: &Instruction) -> bool {
     use Instruction::{ApplyFilter, CallMethod, Eq, Gt, Gte, In, Lt, Lte, Ne, PerformTest, Slice};
-    matches!(instruction, ApplyFilter(..) | CallMethod(..) | Eq | Gt | Gte | In | Lt | Lte | Ne | PerformTest(..) | Slice)
+    matches!(
+        instruction,
+        ApplyFilter(..) | CallMethod(..) | Eq | Gt | Gte | In | Lt | Lte | Ne | PerformTest(..) | Slice
+    )
 }
 
 fn replaced<'a>(instruction: &Instruction<'a>) -> Instruction<'a> {
-    let call = |name: &'static str, count: usize| u16::try_from(count).ok().map(|n| Instruction::CallFunction(name, Some(n)));
+    let call =
+        |name: &'static str, count: usize| u16::try_from(count).ok().map(|n| Instruction::CallFunction(name, Some(n)));
     let replacement = match instruction {
         Instruction::Add => call(python_operators::ADD, 2),
         Instruction::Mul => call(python_operators::MUL, 2),
@@ -282,4 +286,3 @@ fn strftime_now(state: &State, format: String) -> Result<String, Error> {
     buffer.truncate(size - 1);
     String::from_utf8(buffer).map_err(|_| invalid())
 }
-

@@ -133,7 +133,14 @@ impl ConstraintFactory {
     }
 
     /// The innermost subschema that fails alone, as a JSON pointer, and what is said about it.
-    fn blame(&self, root: &Json, schema: &Json, place: String, message: String, trials: &mut usize) -> (String, String) {
+    fn blame(
+        &self,
+        root: &Json,
+        schema: &Json,
+        place: String,
+        message: String,
+        trials: &mut usize,
+    ) -> (String, String) {
         for (step, child) in children(schema) {
             if *trials >= MAX_BLAME_TRIALS {
                 break;

@@ -5,6 +5,7 @@ mod chat_template;
 mod constraint;
 mod table;
 mod python_filters;
+mod python_methods;
 mod python_operators;
 mod python_text;
 mod text_tokenizer;

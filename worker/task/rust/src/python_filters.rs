@@ -1,14 +1,13 @@
-//! jinja2's filters and Python's string methods where minijinja's differ, are missing or have no bound.
+//! jinja2's filters where minijinja's differ, are missing or have no bound.
 
 use crate::budget::{charge, charge_members, charge_shared, BoundedText};
-use crate::python_operators::{formatted, percent};
+use crate::python_methods;
+use crate::python_operators::percent;
 use crate::python_text::{python_float, python_json, python_str, write_str, JsonStyle};
-use minijinja::formatting::FormatStyle;
-use minijinja::value::{from_args, Kwargs, Rest, Tuple, ValueKind, ValueOrKwargs};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
-use minijinja_contrib::pycompat::unknown_method_callback;
 
-type Outcome = Result<Value, Error>;
+pub type Outcome = Result<Value, Error>;
 
 pub fn register(environment: &mut Environment) {
     // Not in jinja2.
@@ -38,13 +37,16 @@ pub fn register(environment: &mut Environment) {
     for name in ["e", "escape"] {
         environment.add_filter(name, |value: Value| {
             let text = python_str(&value)?;
-            if value.is_safe() { Ok(value) } else { escape(&text).map(Value::from_safe_string) }
+            if value.is_safe() {
+                Ok(value)
+            } else {
+                escape(&text).map(Value::from_safe_string)
+            }
         });
     }
     environment.add_filter("forceescape", |value: Value| python_str(&value).and_then(|text| escape(&text)));
-    environment.add_filter("format", |value: String, arguments: Rest<ValueOrKwargs>| {
-        percent(&value, arguments.into_values())
-    });
+    environment
+        .add_filter("format", |value: String, arguments: Rest<ValueOrKwargs>| percent(&value, arguments.into_values()));
     for (name, filter) in [
         ("sort", Value::from_function(minijinja::filters::sort)),
         ("unique", Value::from_function(minijinja::filters::unique)),
@@ -76,10 +78,10 @@ pub fn register(environment: &mut Environment) {
     environment.add_test("callable", |value: Value| value.kind() == ValueKind::Plain);
     environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0.clone()));
     environment.add_function("joiner", |separator: Option<Value>| minijinja_contrib::globals::joiner(separator));
-    environment.set_unknown_method_callback(method);
+    environment.set_unknown_method_callback(python_methods::method);
 }
 
-fn wrong(message: impl Into<String>) -> Error {
+pub fn wrong(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
 }
 
@@ -97,7 +99,8 @@ fn to_json(value: Value, given: Rest<ValueOrKwargs>) -> Outcome {
         return Err(wrong("tojson takes at most four arguments"));
     }
     let option = |index: usize, name: &str| -> Result<Option<Value>, Error> {
-        let value = given.get(index).cloned().map_or_else(|| options.get::<Option<Value>>(name), |value| Ok(Some(value)))?;
+        let value =
+            given.get(index).cloned().map_or_else(|| options.get::<Option<Value>>(name), |value| Ok(Some(value)))?;
         Ok(value.filter(|value| !value.is_none()))
     };
     let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
@@ -126,12 +129,12 @@ fn to_json(value: Value, given: Rest<ValueOrKwargs>) -> Outcome {
     python_json(&value, &JsonStyle { indent, item, key, ensure_ascii, sort_keys }).map(Value::from)
 }
 
-fn upper(text: &str) -> Result<String, Error> {
+pub fn upper(text: &str) -> Result<String, Error> {
     charge(text.len() * 3)?;
     Ok(text.to_uppercase())
 }
 
-fn lower(text: &str) -> Result<String, Error> {
+pub fn lower(text: &str) -> Result<String, Error> {
     charge(text.len() * 3)?;
     Ok(text.to_lowercase())
 }
@@ -151,7 +154,7 @@ fn title_letter(letter: char) -> String {
     }
 }
 
-fn capitalize(text: &str) -> Result<String, Error> {
+pub fn capitalize(text: &str) -> Result<String, Error> {
     charge(text.len() * 3)?;
     let mut letters = text.chars();
     let first = letters.next().map(title_letter).unwrap_or_default();
@@ -161,29 +164,11 @@ fn capitalize(text: &str) -> Result<String, Error> {
     Ok(first + lowered.get(skip..).unwrap_or_default())
 }
 
-/// str.title(): a word begins after everything that has no case.
-fn title(text: &str) -> Result<String, Error> {
-    charge(text.len() * 3)?;
-    let mut out = String::with_capacity(text.len());
-    let mut word = String::new();
-    for letter in text.chars() {
-        // The digraphs in title form are cased too.
-        if letter.is_uppercase() || letter.is_lowercase() || matches!(letter, 'ǅ' | 'ǈ' | 'ǋ' | 'ǲ') {
-            word.push(letter);
-        } else {
-            out.push_str(&capitalize(&std::mem::take(&mut word))?);
-            out.push(letter);
-        }
-    }
-    out.push_str(&capitalize(&word)?);
-    Ok(out)
-}
-
-fn is_space(letter: char) -> bool {
+pub fn is_space(letter: char) -> bool {
     letter.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&letter)
 }
 
-fn strip<'a>(text: &'a str, letters: Option<&str>, left: bool, right: bool) -> &'a str {
+pub fn strip<'a>(text: &'a str, letters: Option<&str>, left: bool, right: bool) -> &'a str {
     let matches = |letter: char| letters.map_or_else(|| is_space(letter), |letters| letters.contains(letter));
     let text = if left { text.trim_start_matches(matches) } else { text };
     if right {
@@ -193,14 +178,14 @@ fn strip<'a>(text: &'a str, letters: Option<&str>, left: bool, right: bool) -> &
     }
 }
 
-fn replace(text: &str, old: &str, new: &str, count: Option<i64>) -> Result<String, Error> {
+pub fn replace(text: &str, old: &str, new: &str, count: Option<i64>) -> Result<String, Error> {
     let count = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(usize::MAX);
     let found = text.matches(old).count().min(count);
     charge(text.len().saturating_add(found.saturating_mul(new.len())))?;
     Ok(text.replacen(old, new, found))
 }
 
-fn join(separator: &str, values: &mut dyn Iterator<Item = Result<Value, Error>>) -> Outcome {
+pub fn join(separator: &str, values: &mut dyn Iterator<Item = Result<Value, Error>>) -> Outcome {
     let mut out = BoundedText::default();
     for (i, value) in values.enumerate() {
         if i > 0 {
@@ -226,7 +211,7 @@ fn join_filter(value: Value, separator: Option<String>, attribute: Option<String
 }
 
 /// str.splitlines().
-fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
+pub fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
     let mut lines = Vec::new();
     let mut rest = text;
     let ends = |c: char| {
@@ -336,14 +321,14 @@ fn list_of(value: &Value) -> Result<Vec<Value>, Error> {
     Ok(items)
 }
 
-enum Side {
+pub enum Side {
     Left,
     Right,
     Both,
 }
 
 /// Fills with `fill` up to `width` letters on the given side of the text.
-fn pad(text: &str, width: usize, fill: char, side: Side) -> Result<String, Error> {
+pub fn pad(text: &str, width: usize, fill: char, side: Side) -> Result<String, Error> {
     let missing = width.saturating_sub(text.chars().count());
     charge(text.len().saturating_add(missing.saturating_mul(fill.len_utf8())))?;
     let left = match side {
@@ -396,128 +381,6 @@ fn escape(text: &str) -> Result<String, Error> {
     charge(text.len() * 5)?;
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     Ok(text.replace('"', "&#34;").replace('\'', "&#39;"))
-}
-
-fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Outcome {
-    match value.kind() {
-        ValueKind::String => string_method(state, value, name, arguments),
-        ValueKind::Seq if name == "index" => {
-            let (wanted,): (&Value,) = from_args(arguments)?;
-            let at = value.try_iter()?.position(|item| item == *wanted);
-            at.map(Value::from).ok_or_else(|| wrong("index: the value is not in the list"))
-        }
-        _ => unknown_method_callback(state, value, name, arguments),
-    }
-}
-
-fn string_method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Outcome {
-    let text = value.as_str().unwrap_or_default();
-    let letters_before = |at: usize| Value::from(text[..at].chars().count());
-    let none = |done: Result<String, Error>| -> Outcome {
-        let () = from_args(arguments)?;
-        done.map(Value::from)
-    };
-    match name {
-        "upper" => none(upper(text)),
-        "lower" => none(lower(text)),
-        "casefold" => none(lower(text).map(|text| text.replace('ß', "ss"))),
-        "title" => none(title(text)),
-        "capitalize" => none(capitalize(text)),
-        "swapcase" => none(swap_case(text)),
-        "strip" | "lstrip" | "rstrip" => {
-            let (letters,): (Option<&str>,) = from_args(arguments)?;
-            Ok(Value::from(strip(text, letters, name != "rstrip", name != "lstrip")))
-        }
-        "replace" => {
-            let (old, new, count): (&str, &str, Option<i64>) = from_args(arguments)?;
-            replace(text, old, new, count).map(Value::from)
-        }
-        "join" => {
-            let (values,): (&Value,) = from_args(arguments)?;
-            join(text, &mut values.try_iter()?.map(Ok))
-        }
-        "format" => formatted(FormatStyle::StrFormat, text, arguments.to_vec()),
-        "split" => {
-            charge(text.len() * 4)?;
-            unknown_method_callback(state, value, name, arguments)
-        }
-        "rsplit" => rsplit(text, arguments),
-        "splitlines" => {
-            let (keep_ends,): (Option<bool>,) = from_args(arguments)?;
-            charge(text.len() * 4)?;
-            Ok(split_lines(text, keep_ends.unwrap_or(false)).into_iter().map(Value::from).collect())
-        }
-        "partition" | "rpartition" => {
-            let (separator,): (&str,) = from_args(arguments)?;
-            let parts = if name == "partition" { text.split_once(separator) } else { text.rsplit_once(separator) };
-            let parts = match parts {
-                Some((before, after)) => [before, separator, after],
-                None if name == "partition" => [text, "", ""],
-                None => ["", "", text],
-            };
-            Ok(Value::from(Tuple::from(parts.map(Value::from))))
-        }
-        "index" | "rindex" => {
-            let (part,): (&str,) = from_args(arguments)?;
-            let at = if name == "index" { text.find(part) } else { text.rfind(part) };
-            at.map(letters_before).ok_or_else(|| wrong(format!("{name}: substring not found")))
-        }
-        "zfill" => {
-            let (width,): (usize,) = from_args(arguments)?;
-            let sign = text.starts_with(['+', '-']) as usize;
-            pad(&text[sign..], width.saturating_sub(sign), '0', Side::Left).map(|rest| Value::from(text[..sign].to_string() + &rest))
-        }
-        "ljust" | "rjust" | "center" => {
-            let (width, fill): (usize, Option<char>) = from_args(arguments)?;
-            let side = match name {
-                "ljust" => Side::Right,
-                "rjust" => Side::Left,
-                _ => Side::Both,
-            };
-            pad(text, width, fill.unwrap_or(' '), side).map(Value::from)
-        }
-        "removeprefix" => {
-            let (prefix,): (&str,) = from_args(arguments)?;
-            Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)))
-        }
-        "removesuffix" => {
-            let (suffix,): (&str,) = from_args(arguments)?;
-            Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)))
-        }
-        _ => unknown_method_callback(state, value, name, arguments),
-    }
-}
-
-fn swap_case(text: &str) -> Result<String, Error> {
-    charge(text.len() * 3)?;
-    Ok(text
-        .chars()
-        .flat_map(|c| if c.is_uppercase() { c.to_lowercase().collect::<Vec<_>>() } else { c.to_uppercase().collect() })
-        .collect())
-}
-
-fn rsplit(text: &str, arguments: &[Value]) -> Outcome {
-    let (separator, count): (Option<&str>, Option<i64>) = from_args(arguments)?;
-    charge(text.len() * 4)?;
-    let count = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(usize::MAX);
-    let mut parts: Vec<&str> = Vec::new();
-    match separator {
-        Some("") => return Err(wrong("rsplit: empty separator")),
-        Some(separator) => parts.extend(text.rsplitn(count.saturating_add(1), separator)),
-        None => {
-            let mut rest = strip(text, None, true, true);
-            while parts.len() < count {
-                let Some(at) = rest.rfind(is_space) else { break };
-                let after = at + rest[at..].chars().next().map_or(1, char::len_utf8);
-                parts.push(&rest[after..]);
-                rest = strip(&rest[..at], None, false, true);
-            }
-            if !rest.is_empty() {
-                parts.push(rest);
-            }
-        }
-    }
-    Ok(parts.into_iter().rev().map(Value::from).collect())
 }
 
 /// What `{{ value }}` writes.

@@ -186,19 +186,26 @@ fn remainder(left: &Value, right: &Value) -> Result<Value, Error> {
             None => percent(text, vec![right.clone()]),
         };
     }
-    let zero = matches!(number_of(right), Some(Number::Integer(0))) || matches!(number_of(right), Some(Number::Float(0.0)));
+    let zero =
+        matches!(number_of(right), Some(Number::Integer(0))) || matches!(number_of(right), Some(Number::Float(0.0)));
     if zero && number_of(left).is_some() {
         return Err(Error::new(ErrorKind::InvalidOperation, "modulo by zero"));
     }
     // The remainder has the sign of the divisor.
-    numbers("%", left, right, |a, b| a.checked_rem(b).map(|r| if r != 0 && (r < 0) != (b < 0) { r + b } else { r }), |a, b| {
-        let r = a % b;
-        if r != 0.0 && (r < 0.0) != (b < 0.0) {
-            r + b
-        } else {
-            r
-        }
-    })
+    numbers(
+        "%",
+        left,
+        right,
+        |a, b| a.checked_rem(b).map(|r| if r != 0 && (r < 0) != (b < 0) { r + b } else { r }),
+        |a, b| {
+            let r = a % b;
+            if r != 0.0 && (r < 0.0) != (b < 0.0) {
+                r + b
+            } else {
+                r
+            }
+        },
+    )
 }
 
 fn concatenate(left: Value, right: Value) -> Result<Value, Error> {

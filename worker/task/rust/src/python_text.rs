@@ -52,7 +52,13 @@ pub fn write_repr(out: &mut BoundedText, value: &Value, depth: usize) -> Result<
                 write_repr(out, &item, depth + 1)?;
                 count += 1;
             }
-            out.push(if tuple && count == 1 { ",)" } else if tuple { ")" } else { "]" });
+            out.push(if tuple && count == 1 {
+                ",)"
+            } else if tuple {
+                ")"
+            } else {
+                "]"
+            });
         }
         ValueKind::Map => {
             out.push("{");
@@ -190,7 +196,13 @@ impl JsonWriter<'_> {
     fn number(&mut self, value: &Value) {
         match f64::try_from(value.clone()) {
             Ok(number) if !value.is_integer() && !number.is_finite() => {
-                self.out.push(if number.is_nan() { "NaN" } else if number > 0.0 { "Infinity" } else { "-Infinity" });
+                self.out.push(if number.is_nan() {
+                    "NaN"
+                } else if number > 0.0 {
+                    "Infinity"
+                } else {
+                    "-Infinity"
+                });
             }
             _ => write_number(&mut self.out, value),
         }

@@ -99,10 +99,14 @@ fn check_claims(json: &str) -> Result<(), String> {
         if let Some(map) = value.get(CHARSMAP).and_then(|map| map.as_str()) {
             let size = trie_bytes(map);
             if size > map.len() / 4 * 3 {
-                return Err(format!("not a tokenizer.json: a {CHARSMAP} claims a trie of {size} bytes, more than it holds"));
+                return Err(format!(
+                    "not a tokenizer.json: a {CHARSMAP} claims a trie of {size} bytes, more than it holds"
+                ));
             }
         }
-        if let (Some(pattern), Some(content)) = (value.get("pattern"), value.get("content").and_then(|text| text.as_str())) {
+        if let (Some(pattern), Some(content)) =
+            (value.get("pattern"), value.get("content").and_then(|text| text.as_str()))
+        {
             let replaced = pattern.get("String").and_then(|text| text.as_str()).map_or(1, |text| text.len().max(1));
             growth = growth.saturating_mul(content.len().div_ceil(replaced).max(1));
         }
@@ -150,7 +154,8 @@ impl ByteStyle {
                 DecoderWrapper::Metaspace(m) => space = Some(m.get_replacement().to_string()),
                 DecoderWrapper::Replace(r) => {
                     let value = serde_json::to_value(r).map_err(|error| error.to_string())?;
-                    if let (Some(pattern), Some(" ")) = (value["pattern"]["String"].as_str(), value["content"].as_str()) {
+                    if let (Some(pattern), Some(" ")) = (value["pattern"]["String"].as_str(), value["content"].as_str())
+                    {
                         space = Some(pattern.to_string());
                     }
                 }
@@ -158,9 +163,11 @@ impl ByteStyle {
             }
         }
         match (space, byte_fallback) {
-            (None, false) => Err("the decoder is neither byte-level nor SentencePiece-like, so the bytes of its tokens \
+            (None, false) => {
+                Err("the decoder is neither byte-level nor SentencePiece-like, so the bytes of its tokens \
                                   are not known"
-                .to_string()),
+                    .to_string())
+            }
             (space, byte_fallback) => Ok(Self::Spaced { space: space.unwrap_or(" ".to_string()), byte_fallback }),
         }
     }

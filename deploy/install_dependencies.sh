@@ -38,7 +38,7 @@ readonly apt_packages=(
   libabsl-dev libgrpc++-dev libprotobuf-dev libprotoc-dev protobuf-compiler protobuf-compiler-grpc
   libboost-dev libcli11-dev libcivetweb-dev libcurl4-openssl-dev libeigen3-dev libfmt-dev libgloo-dev libgmock-dev libgtest-dev
   libbenchmark-dev libnlopt-cxx-dev libnlopt-dev libspdlog-dev libsqlite3-dev libsqlitecpp-dev libssl-dev libyaml-cpp-dev
-  libzip-dev nlohmann-json3-dev prometheus-cpp-dev zlib1g-dev
+  libclang-rt-dev libzip-dev nlohmann-json3-dev prometheus-cpp-dev zlib1g-dev
 )
 
 say() { printf '== %s\n' "$*" >&2; }

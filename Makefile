@@ -30,7 +30,7 @@ fuzz:
 	cmake --preset fuzz
 	cmake --build build/fuzz --target $(FORMAT)_fuzz
 	mkdir -p build/fuzz/corpus/$(FORMAT)
-	build/fuzz/bin/$(FORMAT)_fuzz -timeout=10 -rss_limit_mb=2048 -detect_leaks=0 build/fuzz/corpus/$(FORMAT) tests/fuzz/corpus/$(FORMAT)
+	ASAN_OPTIONS=detect_leaks=0 build/fuzz/bin/$(FORMAT)_fuzz -timeout=10 -rss_limit_mb=2048 build/fuzz/corpus/$(FORMAT) tests/fuzz/corpus/$(FORMAT)
 
 # Comparisons with the live Python peers in a virtual environment of their own.
 parity: install-model build

@@ -15,8 +15,6 @@
 
 #include "worker/task/runtime/torch.h"
 // The precompiled header comes first.
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -179,12 +177,6 @@ nlohmann::json CompareInt4() {
   return {{"seconds", Median(mine)}, {"seconds_libtorch", Median(libtorch)}};
 }
 
-int64_t PeakBytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return int64_t{usage.ru_maxrss} * 1024;
-}
-
 StatusOr<std::filesystem::path> Folder(const std::string& model) {
   const char* home = std::getenv("HOME");
   const std::filesystem::path cache = std::filesystem::path(home == nullptr ? "/tmp" : home) / ".cache" / "refinery";
@@ -227,7 +219,7 @@ StatusOr<nlohmann::json> Run(Arguments a) {
       return InvalidArgument("no such case: ", a.mode);
     }
   }
-  nlohmann::json result = {{"case", a.mode}, {"seconds", Median(times)}, {"peak_bytes", PeakBytes()}};
+  nlohmann::json result = {{"case", a.mode}, {"seconds", Median(times)}, {"peak_bytes", runtime::PeakMemoryBytes()}};
   if (!shares.empty()) result["share_of_read_bandwidth"] = Median(shares);
   if (!others.empty()) result["seconds_without_sharing"] = Median(others);
   return result;

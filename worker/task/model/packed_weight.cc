@@ -2,6 +2,7 @@
 // The precompiled header comes first.
 #include <ATen/Parallel.h>
 
+#include "worker/task/model/packed_kernels.h"
 #include "worker/task/model/packed_weight.h"
 
 namespace refinery::model {
@@ -48,26 +49,17 @@ StatusOr<std::shared_ptr<const PackedWeight>> PackedWeight::Pack(const checkpoin
 }
 
 at::Tensor PackedWeight::Expand(at::ScalarType dtype) const {
-  const at::Tensor weight = at::empty({outputs, inputs}, at::kFloat), wide = scales.to(at::kFloat);
-  const uint8_t* from = codes.const_data_ptr<uint8_t>();
-  const float* scale = wide.const_data_ptr<float>();
-  const float* offset = offsets.defined() ? offsets.const_data_ptr<float>() : nullptr;
-  float* to = weight.data_ptr<float>();
-  const int64_t stride = chunks() * planes() * kPlaneBytes;
-  const float centre = static_cast<float>(int64_t{1} << (bits - 1));
+  const at::ScalarType made = dtype == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  const at::Tensor weight = at::empty({outputs, inputs}, made), wide = scales.to(at::kFloat);
+  const auto centre = static_cast<double>(int64_t{1} << (bits - 1));
+  const at::Tensor adds = offsets.defined() ? offsets - centre : at::full({outputs, groups()}, -centre, at::kFloat);
+  const kernels::PackedRows rows{codes.const_data_ptr<uint8_t>(), wide.const_data_ptr<float>(), adds.const_data_ptr<float>(), inputs,
+                                 group_size, static_cast<int>(planes())};
   at::parallel_for(0, outputs, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      for (int64_t i = 0; i < inputs; i += 32) {  // 32 inputs lie in one half of a chunk's bytes, and in one group
-        const uint8_t* cell = from + o * stride + i / kChunk * planes() * kPlaneBytes;
-        const int shift = i % kChunk == 0 ? 0 : 4;
-        const int64_t group = o * groups() + i / group_size;
-        const float add = (offset == nullptr ? 0.0f : offset[group]) - centre;
-        for (int64_t j = 0; j < std::min<int64_t>(32, inputs - i); ++j) {
-          int code = (cell[j] >> shift) & 15;
-          if (bits == 8) code |= ((cell[kPlaneBytes + j] >> shift) & 15) << 4;
-          to[o * inputs + i + j] = scale[group] * (static_cast<float>(code) + add);
-        }
-      }
+    if (made == at::kBFloat16) {
+      kernels::ExpandRows(rows, static_cast<simd::Bf16*>(weight.data_ptr()), begin, end);
+    } else {
+      kernels::ExpandRows(rows, weight.data_ptr<float>(), begin, end);
     }
   });
   return weight.to(dtype);

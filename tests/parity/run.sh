@@ -28,4 +28,12 @@ trap 'rm -rf "$work"' EXIT
 "$build/bin/refinery" run --state "$work/state" "$here/../e2e/small.yaml" >"$work/run.log" 2>&1 ||
   { cat "$work/run.log" >&2; exit 1; }
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 GPTQMODEL_CPU_WORKERS=2 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-"$venv/bin/python" "$here/compare.py" "$build/bin/refinery-task" "$work"
+failed=0
+"$venv/bin/python" "$here/compare.py" "$build/bin/refinery-task" "$work" || failed=1
+# Also alone: families.py REFINERY_TASK [--only NAME]
+"$venv/bin/python" "$here/families.py" "$build/bin/refinery-task" || failed=1
+# Also alone: tokenizer_peers.py PROBE [SMOLLM2.gguf] [TOKENIZERS] [STORIES]
+"$venv/bin/python" "$here/tokenizer_peers.py" "$build/bin/tokenizer_probe" \
+  "${REFINERY_MODELS_DIR:-$HOME/.cache/refinery/models}/SmolLM2-135M-Instruct.Q4_1.gguf" \
+  "${REFINERY_TOKENIZERS_DIR:-$HOME/.cache/refinery/tokenizers}" "$here/../../../shared/data/models/stories260K/tok512.bin" || failed=1
+exit $failed

@@ -2,6 +2,10 @@
 
 #include "worker/task/runtime/torch.h"
 
+#include <sys/resource.h>
+
+#include <cstdio>
+
 #include "common/files.h"
 #include "worker/task/checkpoint/import.h"
 #include "worker/task/checkpoint/safetensors.h"
@@ -36,6 +40,32 @@ StatusOr<std::vector<std::vector<int32_t>>> ReadPrompts(const std::string& file,
   return prompts;
 }
 
+// Bytes of the tensors that the model holds, each storage once.
+size_t WeightBytes(model::CausalLm& lm) {
+  std::map<const void*, size_t> storages;
+  const auto count = [&](const at::Tensor& t) {
+    if (t.defined()) storages[t.storage().data()] = t.storage().nbytes();
+  };
+  for (const at::Tensor& t : {lm.embed_tokens, lm.lm_head, lm.final_norm}) count(t);
+  for (model::DecoderLayer& layer : lm.layers) {
+    for (const at::Tensor& t : {layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm}) count(t);
+    for (const model::Linear* linear : layer.Linears()) {
+      count(linear->weight);
+      count(linear->bias);
+    }
+  }
+  size_t total = 0;
+  for (const auto& [storage, bytes] : storages) total += bytes;
+  return total;
+}
+
+void PrintMemory(model::CausalLm& lm) {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  const double weights = static_cast<double>(WeightBytes(lm)) / (1 << 20), peak = static_cast<double>(usage.ru_maxrss) / 1024;
+  std::printf("weights %.1f MiB, peak resident memory %.1f MiB, ratio %.3f\n", weights, peak, peak / weights);
+}
+
 }  // namespace
 
 Status Inspect(const InspectOptions& options) {
@@ -46,8 +76,14 @@ Status Inspect(const InspectOptions& options) {
   at::ScalarType dtype = options.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
   RF_ASSIGN_OR_RETURN(std::shared_ptr<model::CausalLm> lm,
                       model::CausalLm::Load(*folder, {.dtype = dtype, .device = runtime::DefaultDevice()}));
-  if (!options.adapter.empty()) {
-    RF_ASSIGN_OR_RETURN(checkpoint::PeftAdapter adapter, checkpoint::LoadPeftAdapter(options.adapter));
+  if (options.memory) PrintMemory(*lm);
+  if (options.prompts.empty()) return absl::OkStatus();
+  if (!options.adapters.empty()) {
+    std::vector<checkpoint::PeftAdapter> adapters(options.adapters.size());
+    for (size_t i = 0; i < adapters.size(); ++i) {
+      RF_ASSIGN_OR_RETURN(adapters[i], checkpoint::LoadPeftAdapter(options.adapters[i]));
+    }
+    RF_ASSIGN_OR_RETURN(checkpoint::PeftAdapter adapter, checkpoint::StackAdapters(adapters));
     RF_RETURN_IF_ERROR(lm->AttachAdapter(adapter));
   }
   RF_ASSIGN_OR_RETURN(std::vector<std::vector<int32_t>> prompts, ReadPrompts(options.prompts, path));

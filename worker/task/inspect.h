@@ -6,6 +6,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "common/status.h"
 
@@ -13,12 +14,13 @@ namespace refinery::task {
 
 struct InspectOptions {
   std::string model;      // HF folder (float, or GPTQ) or GGUF file
-  std::string adapter;    // PEFT folder, or empty
+  std::vector<std::string> adapters;  // PEFT folders; several are stacked
   std::string dtype = "float32";
-  std::string prompts;    // JSON file: list of strings or of id lists
+  std::string prompts;    // JSON file: list of strings or of id lists; empty: the model is only loaded
   int max_new_tokens = 64;
   std::string output;     // folder: tokens.json {"model": folder, "prompts": [[...]], "greedy": [[...]]}, logits.safetensors "logits.<i>" [n, V] float32
   std::string cache;
+  bool memory = false;    // prints the size of the weights and the process's greatest resident memory until they were loaded
 };
 
 Status Inspect(const InspectOptions& options);

@@ -123,11 +123,12 @@ int main(int argc, char** argv) {
   app.add_option("--parent-pid", parent_pid, "die when this process, the parent, dies");
   CLI::App* look = app.add_subcommand("inspect", "runs a model on given token ids: greedy continuation and logits");
   look->add_option("--model", inspect.model, "Hugging Face folder (bf16 or GPTQ) or GGUF file")->required();
-  look->add_option("--adapter", inspect.adapter, "PEFT adapter folder");
+  look->add_option("--adapter", inspect.adapters, "PEFT adapter folder; several are stacked");
   look->add_option("--dtype", inspect.dtype, "float32 or bfloat16")->check(CLI::IsMember({"float32", "bfloat16"}));
-  look->add_option("--prompts", inspect.prompts, "JSON list of prompts (strings, or lists of token ids)")->required();
+  look->add_option("--prompts", inspect.prompts, "JSON list of prompts (strings, or lists of token ids)");
   look->add_option("--max-new-tokens", inspect.max_new_tokens, "greedy tokens per prompt");
-  look->add_option("--output", inspect.output, "folder: tokens.json and logits.safetensors")->required();
+  look->add_option("--output", inspect.output, "folder: tokens.json and logits.safetensors");
+  look->add_flag("--memory", inspect.memory, "prints the size of the weights and the peak memory of loading them");
   look->add_option("--cache", inspect.cache, "the worker's cache (default ~/.cache/refinery)");
   refinery::task::EvalOptions eval;
   CLI::App* score = AddEval(app, eval);
@@ -144,6 +145,9 @@ int main(int argc, char** argv) {
   }
   if (table->parsed()) return ConvertTable(convert);
   if (look->parsed()) {
+    if (!inspect.memory && inspect.prompts.empty()) return Fail(refinery::InvalidArgument("inspect needs --prompts or --memory"));
+    if (inspect.prompts.empty() != inspect.output.empty())
+      return Fail(refinery::InvalidArgument("inspect takes --prompts and --output together"));
     absl::Status status = refinery::task::Inspect(inspect);
     return status.ok() ? 0 : Fail(status);
   }

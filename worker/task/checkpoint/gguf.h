@@ -65,6 +65,8 @@ class GgufFile {
   const uint8_t* Data(const GgufTensor& tensor) const { return file_->data() + tensor.begin; }
   // Rows [first, first + count) as float32, exactly as ggml defines them. `out` holds count * row_size() floats.
   void DequantizeRows(const GgufTensor& tensor, int64_t first, int64_t count, float* out) const;
+  // Gives the tensor's mapped pages back; they are mapped again when they are read again.
+  void Release(const GgufTensor& tensor) const { file_->Release(tensor.begin, tensor.end); }
   // The whole tensor in float32, computed on all threads. NOT_FOUND.
   StatusOr<at::Tensor> Dequantize(const std::string& name) const;
 

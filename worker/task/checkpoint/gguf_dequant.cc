@@ -62,6 +62,18 @@ void FromQ8_0(const uint8_t* in, int64_t count, float* out) {
   }
 }
 
+// Blocks of 32 like Q4_0, but the codes number entries of a table whose steps widen outwards.
+void FromIq4Nl(const uint8_t* in, int64_t count, float* out) {
+  constexpr float kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  for (int64_t b = 0; b < count; ++b, in += 18, out += 32) {
+    const float d = HalfAt(in);
+    for (int i = 0; i < 16; ++i) {
+      out[i] = d * kTable[in[2 + i] & 0xF];
+      out[16 + i] = d * kTable[in[2 + i] >> 4];
+    }
+  }
+}
+
 // 16 groups of 16; scales (low nibble) and minima (high nibble), 2-bit codes, d, dmin.
 void FromQ2K(const uint8_t* in, int64_t count, float* out) {
   for (int64_t b = 0; b < count; ++b, in += 84, out += kSuper) {
@@ -165,6 +177,7 @@ constexpr GgufType kTypes[] = {
     {12, "Q4_K", kSuper, 144, FromQ4KQ5K<false>},
     {13, "Q5_K", kSuper, 176, FromQ4KQ5K<true>},
     {14, "Q6_K", kSuper, 210, FromQ6K},
+    {20, "IQ4_NL", 32, 18, FromIq4Nl},
     {30, "BF16", 1, 2, FromBf16},
 };
 

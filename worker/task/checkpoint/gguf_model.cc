@@ -348,6 +348,7 @@ Status WriteWeights(const GgufFile& file, const GgufModel& model, const std::fil
       }
       RF_RETURN_IF_ERROR(writer->Append({reinterpret_cast<const char*>(part.data()), part.size() * sizeof(part[0])}));
     }
+    file.Release(*source.tensor);
   }
   return writer->Finish();
 }

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -35,6 +36,13 @@ StatusOr<std::shared_ptr<const MappedFile>> MappedFile::Open(const std::filesyst
   }
   ::close(fd);
   return std::shared_ptr<const MappedFile>(std::move(file));
+}
+
+void MappedFile::Release(uint64_t begin, uint64_t end) const {
+  static const auto kPage = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  const uint64_t first = (begin + kPage - 1) / kPage * kPage, last = std::min(end, size_) / kPage * kPage;
+  // A whole page less is nothing to give back. Failure would cost memory, nothing else.
+  if (first < last) (void)::madvise(const_cast<uint8_t*>(data_) + first, last - first, MADV_DONTNEED);
 }
 
 MappedFile::~MappedFile() {

@@ -28,6 +28,9 @@ class MappedFile {
   std::string_view Bytes(uint64_t begin, uint64_t end) const {
     return {reinterpret_cast<const char*>(data_) + begin, static_cast<size_t>(end - begin)};
   }
+  // Gives the pages of bytes [begin, end) back to the kernel's page cache, so that they count in no resident memory. Reading them
+  // again maps them again.
+  void Release(uint64_t begin, uint64_t end) const;
 
  private:
   MappedFile() = default;

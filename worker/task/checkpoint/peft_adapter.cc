@@ -2,9 +2,13 @@
 //
 #include "worker/task/checkpoint/peft_adapter.h"
 
+#include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <string_view>
+#include <vector>
 
 #include "common/files.h"
 #include "worker/task/checkpoint/safetensors.h"
@@ -34,9 +38,10 @@ Status CheckIsPlainLora(const json& config, const std::string& file) {
   if (config.value("peft_type", json()) != "LORA") return InvalidArgument(file, ": peft_type is not \"LORA\"");
   for (const char* key : {"use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"})
     if (Flag(config, key)) return InvalidArgument(file, ": ", key, " is not supported; train a plain LoRA adapter");
-  for (const char* key : {"rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters",
-                          "trainable_token_indices"})
+  for (const char* key : {"modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices"})
     if (IsSet(config, key)) return InvalidArgument(file, ": ", key, " is not supported; train a plain LoRA adapter");
+  if (Flag(config, "use_rslora") && (IsSet(config, "rank_pattern") || IsSet(config, "alpha_pattern")))
+    return InvalidArgument(file, ": use_rslora together with rank_pattern or alpha_pattern is not supported");
   json bias = config.value("bias", json("none"));
   if (bias != "none") return InvalidArgument(file, ": bias other than \"none\" is not supported");
   return absl::OkStatus();
@@ -53,6 +58,61 @@ Status CheckPair(const std::string& file, const std::string& module, const LoraP
     return DataLoss(file, ": ", module, " lacks ", pair.a.defined() ? "lora_B" : "lora_A");
   if (pair.a.dim() != 2 || pair.b.dim() != 2 || pair.a.size(0) != rank || pair.b.size(1) != rank)
     return DataLoss(file, ": the factors of ", module, " do not have rank ", rank, " as adapter_config.json says");
+  return absl::OkStatus();
+}
+
+// rank_pattern or alpha_pattern: numbers by the end of a module's name. PEFT reads the keys as regular expressions; those that
+// are names mean the same as text.
+class Pattern {
+ public:
+  static StatusOr<Pattern> Read(const nlohmann::ordered_json& config, const char* key, const std::string& file) {
+    Pattern pattern;
+    const nlohmann::ordered_json map = config.value(key, nlohmann::ordered_json());
+    if (map.is_null()) return pattern;
+    if (!map.is_object()) return InvalidArgument(file, ": ", key, " is not an object");
+    for (const auto& [name, value] : map.items()) {
+      const std::string_view text = std::string_view(name).substr(name.starts_with('^') ? 1 : 0);
+      const bool plain = !text.empty() && std::ranges::all_of(text, [](unsigned char c) {
+        return std::isalnum(c) || c == '_' || c == '-' || c == '.';
+      });
+      if (!plain) return InvalidArgument(file, ": ", key, ": \"", name, "\" is not the end of a module's name; write the names out");
+      if (!value.is_number() || !std::isfinite(value.get<double>()))
+        return InvalidArgument(file, ": ", key, ": the value of \"", name, "\" is not a number");
+      pattern.entries_.push_back({std::string(text), name.starts_with('^'), value.get<double>()});
+    }
+    return pattern;
+  }
+
+  bool empty() const { return entries_.empty(); }
+  // The first entry in the file's order that fits, as in PEFT.
+  double Of(std::string_view module, double fallback) const {
+    for (const Entry& entry : entries_) {
+      if (!module.ends_with(entry.text)) continue;
+      const size_t before = module.size() - entry.text.size();
+      if (before == 0 || (!entry.whole && module[before - 1] == '.')) return entry.value;
+    }
+    return fallback;
+  }
+
+ private:
+  struct Entry {
+    std::string text;
+    bool whole;  // began with ^
+    double value;
+  };
+  std::vector<Entry> entries_;
+};
+
+// Multiplies each module's own scale into its B, so that the common scale is 1.
+Status ApplyPatterns(const Pattern& ranks, const Pattern& alphas, const std::string& file, PeftAdapter& adapter) {
+  for (auto& [module, pair] : adapter.pairs) {
+    const double rank = ranks.Of(module, static_cast<double>(adapter.rank)), alpha = alphas.Of(module, adapter.lora_alpha);
+    if (rank != std::floor(rank) || rank < 1 || rank > (1 << 20))
+      return InvalidArgument(file, ": the rank ", rank, " of ", module, " is not a positive whole number");
+    RF_RETURN_IF_ERROR(CheckPair(file, module, pair, static_cast<int64_t>(rank)));
+    pair.b = pair.b * (alpha / rank);
+  }
+  adapter.lora_alpha = static_cast<double>(adapter.rank);
   return absl::OkStatus();
 }
 
@@ -88,6 +148,13 @@ json TargetModules(const std::map<std::string, LoraPair>& pairs) {
 }  // namespace
 
 json PeftAdapterConfig(const PeftAdapter& adapter) {
+  json ranks = json::object(), alphas = json::object();  // of modules with a rank of their own: the same scale
+  for (const auto& [module, pair] : adapter.pairs) {
+    const int64_t rank = pair.a.size(0);
+    if (rank == adapter.rank) continue;
+    ranks[module] = rank;
+    alphas[module] = adapter.scale() * static_cast<double>(rank);
+  }
   // The keys that every release of PEFT understands; see PEFT's LoraConfig. Sorted by nlohmann::json.
   return {{"peft_type", "LORA"},
           {"task_type", "CAUSAL_LM"},
@@ -105,8 +172,8 @@ json PeftAdapterConfig(const PeftAdapter& adapter) {
           {"init_lora_weights", true},
           {"layers_to_transform", nullptr},
           {"layers_pattern", nullptr},
-          {"rank_pattern", json::object()},
-          {"alpha_pattern", json::object()},
+          {"rank_pattern", ranks},
+          {"alpha_pattern", alphas},
           {"use_rslora", false},
           {"use_dora", false},
           {"loftq_config", json::object()},
@@ -145,9 +212,34 @@ StatusOr<PeftAdapter> LoadPeftAdapter(const std::filesystem::path& folder) {
     (is_a ? pair.a : pair.b) = tensor.to(at::kFloat);
   }
   if (adapter.pairs.empty()) return DataLoss(weights_file, " holds no LoRA factors");
+  const auto ordered = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
+  RF_ASSIGN_OR_RETURN(Pattern ranks, Pattern::Read(ordered, "rank_pattern", config_file));
+  RF_ASSIGN_OR_RETURN(Pattern alphas, Pattern::Read(ordered, "alpha_pattern", config_file));
+  if (!ranks.empty() || !alphas.empty()) {
+    RF_RETURN_IF_ERROR(ApplyPatterns(ranks, alphas, weights_file, adapter));
+    return adapter;
+  }
   for (const auto& [module, pair] : adapter.pairs)
     RF_RETURN_IF_ERROR(CheckPair(weights_file, module, pair, adapter.rank));
   return adapter;
+}
+
+StatusOr<PeftAdapter> StackAdapters(const std::vector<PeftAdapter>& adapters) {
+  if (adapters.empty()) return InvalidArgument("there is no adapter to stack");
+  if (adapters.size() == 1) return adapters[0];
+  PeftAdapter stack{.rank = adapters[0].rank, .lora_alpha = static_cast<double>(adapters[0].rank), .base_model = adapters[0].base_model};
+  for (const PeftAdapter& adapter : adapters) {
+    for (const auto& [module, pair] : adapter.pairs) {
+      LoraPair scaled{pair.a, pair.b * adapter.scale()};
+      auto [entry, inserted] = stack.pairs.emplace(module, scaled);
+      if (inserted) continue;
+      LoraPair& sum = entry->second;
+      if (sum.a.size(1) != pair.a.size(1) || sum.b.size(0) != pair.b.size(0))
+        return InvalidArgument("the adapters have factors of different sizes for ", module, "; they belong to different models");
+      sum = {at::cat({sum.a, scaled.a}, 0), at::cat({sum.b, scaled.b}, 1)};
+    }
+  }
+  return stack;
 }
 
 Status SavePeftAdapter(const PeftAdapter& adapter, const std::filesystem::path& folder) {

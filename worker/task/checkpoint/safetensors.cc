@@ -128,10 +128,13 @@ StatusOr<at::Tensor> SafetensorsFile::Get(const std::string& name) const {
   if (reinterpret_cast<uintptr_t>(data) % c10::elementSize(info.dtype) != 0) {
     at::Tensor copy = at::empty(info.shape, options);
     std::memcpy(copy.data_ptr(), data, info.end - info.begin);
+    mapping_->file->Release(info.begin, info.end);
     return copy;
   }
-  // The deleter's copy of the pointer keeps the mapping alive as long as any tensor over it.
-  return at::from_blob(const_cast<uint8_t*>(data), info.shape, [mapping = mapping_](void*) {}, options);
+  // The deleter's copy of the pointer keeps the mapping alive as long as any tensor over it; when the last one goes, its pages
+  // go too: who copies a model tensor by tensor never holds it twice.
+  const auto release = [mapping = mapping_, begin = info.begin, end = info.end](void*) { mapping->file->Release(begin, end); };
+  return at::from_blob(const_cast<uint8_t*>(data), info.shape, release, options);
 }
 
 Status WriteSafetensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors,

@@ -37,6 +37,7 @@ void AddCommands(CLI::App& app, Globals& globals, refinery::client::Result& resu
   AddFetch(app, globals, result);
   AddReport(app, globals, result);
   AddWorker(app, globals, result);
+  AddChat(app, globals, result);
   AddData(app, globals, result);
   AddEval(app, globals, result);
   AddVersion(app, globals, result);

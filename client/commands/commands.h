@@ -16,6 +16,7 @@ namespace refinery::client {
 
 using Result = StatusOr<int>;
 
+void AddChat(CLI::App& app, Globals& globals, Result& result);
 void AddRun(CLI::App& app, Globals& globals, Result& result);
 void AddSubmit(CLI::App& app, Globals& globals, Result& result);
 void AddPlan(CLI::App& app, Globals& globals, Result& result);

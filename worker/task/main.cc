@@ -17,8 +17,10 @@
 #include "common/files.h"
 #include "worker/task/data/table.h"
 #include "worker/task/eval_command.h"
+#include "worker/task/chat.h"
 #include "worker/task/inspect.h"
 #include "worker/task/start.h"
+#include "worker/task/tasks.h"
 
 namespace {
 
@@ -82,6 +84,32 @@ CLI::App* AddEval(CLI::App& app, refinery::task::EvalOptions& eval) {
   return command;
 }
 
+// The flags of `refinery chat`; the client hands them on as they are.
+CLI::App* AddChat(CLI::App& app, refinery::task::ChatOptions& chat) {
+  CLI::App* command = app.add_subcommand("chat", "a conversation with a model in the terminal, or one answer in a pipe");
+  command->add_option("--model", chat.model, "Hugging Face folder (float or GPTQ) or GGUF file")->required();
+  command->add_option("--adapter", chat.adapters, "PEFT adapter folder to merge; may stand several times");
+  command->add_option("--dtype", chat.dtype, "float32 or bfloat16")->check(CLI::IsMember({"float32", "bfloat16"}));
+  command->add_option("--threads", chat.threads, "threads (default: all cores)")->check(CLI::NonNegativeNumber);
+  command->add_option("--system", chat.system, "system prompt");
+  command->add_option("--prompt", chat.prompt, "answer this and leave");
+  command->add_option("--json-schema", chat.json_schema, "file; answers are JSON that fits this schema");
+  command->add_option("--temperature", chat.temperature, "0 = always the likeliest token");
+  command->add_option("--top-p", chat.top_p, "draw from the likeliest tokens that reach this probability");
+  command->add_option("--top-k", chat.top_k, "draw from this many tokens; 0 = all");
+  command->add_option("--min-p", chat.min_p, "draw from tokens at least this times as likely as the likeliest");
+  command->add_option("--repetition-penalty", chat.repetition_penalty, "> 1 makes what was said less likely");
+  command->add_option("--presence-penalty", chat.presence_penalty, "subtracted from logits of tokens in the answer");
+  command->add_option("--frequency-penalty", chat.frequency_penalty, "the same, times their number");
+  command->add_option("--seed", chat.seed, "the same seed gives the same answers");
+  command->add_option("--max-new-tokens", chat.max_new_tokens, "of an answer")->check(CLI::PositiveNumber);
+  command->add_option("--context", chat.context, "tokens of a conversation")->check(CLI::NonNegativeNumber);
+  command->add_option("--memory", chat.memory_mib, "MiB for the key-value cache (default: no bound)")->check(CLI::NonNegativeNumber);
+  command->add_flag("--verbose", chat.verbose, "tokens and times after each answer");
+  command->add_option("--cache", chat.cache, "the worker's cache (default ~/.cache/refinery)");
+  return command;
+}
+
 struct ConvertOptions {
   std::vector<std::string> inputs, columns;
   std::string output;
@@ -132,6 +160,8 @@ int main(int argc, char** argv) {
   look->add_option("--cache", inspect.cache, "the worker's cache (default ~/.cache/refinery)");
   refinery::task::EvalOptions eval;
   CLI::App* score = AddEval(app, eval);
+  refinery::task::ChatOptions chat;
+  CLI::App* talk = AddChat(app, chat);
   ConvertOptions convert;
   CLI::App* table = AddConvertTable(app, convert);
   CLI11_PARSE(app, argc, argv);
@@ -142,6 +172,14 @@ int main(int argc, char** argv) {
     if (status.ok()) return 0;
     Fail(status);
     return status.code() == absl::StatusCode::kInternal ? 1 : 2;
+  }
+  if (talk->parsed()) {
+    int code = 0;
+    absl::Status status = refinery::task::Guarded([&]() -> absl::Status {
+      RF_ASSIGN_OR_RETURN(code, refinery::task::Chat(chat));
+      return absl::OkStatus();
+    });
+    return status.ok() ? code : Fail(status);
   }
   if (table->parsed()) return ConvertTable(convert);
   if (look->parsed()) {

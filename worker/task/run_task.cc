@@ -48,8 +48,10 @@ const char* FailureClassOf(const Status& status) {
   }
 }
 
-Status RunAndTranslate(const TaskSpec& spec, TaskContext& context) try {
-  return Dispatch(spec, context);
+}  // namespace
+
+Status Guarded(const std::function<Status()>& work) try {
+  return work();
 } catch (const runtime::CancelledException&) {
   return Cancelled("cancelled by the coordinator");
 } catch (const runtime::NumericException& e) {
@@ -64,10 +66,8 @@ Status RunAndTranslate(const TaskSpec& spec, TaskContext& context) try {
   return Internal(e.what());
 }
 
-}  // namespace
-
 Status RunTask(const TaskSpec& spec, TaskContext& context) {
-  Status status = RunAndTranslate(spec, context);
+  Status status = Guarded([&] { return Dispatch(spec, context); });
   if (!status.ok()) context.events.Error(FailureClassOf(status), status);
   context.events.Measure({.name = "peak_memory", .value = static_cast<double>(runtime::PeakMemoryBytes()), .count = 1, .unit = "bytes"});
   return status;

@@ -39,6 +39,7 @@ struct SynthesizeSpec {
   int64_t shard = 0;
   int64_t shards = 1;
   int64_t seed_limit = 0;
+  bool structured = false;
 };
 
 struct CritiqueSpec {

@@ -26,7 +26,8 @@ SynthesizeSpec ToSpec(const v1::SynthesizeParams& p) {
           .max_new_tokens = s.max_new_tokens(),
           .shard = p.shard(),
           .shards = p.shards() == 0 ? 1 : p.shards(),
-          .seed_limit = p.seed_limit()};
+          .seed_limit = p.seed_limit(),
+          .structured = s.structured()};
 }
 
 CurateSpec ToSpec(const v1::CurateParams& p) {

@@ -5,6 +5,7 @@
 
 #include "common/digest.h"
 #include "worker/task/data/prompts.h"
+#include "worker/task/data/structured.h"
 #include "worker/task/generate/engine.h"
 #include "worker/task/models.h"
 #include "worker/task/runtime/device.h"
@@ -85,6 +86,12 @@ StatusOr<std::vector<std::string>> MakeTopics(Writer& writer, uint64_t seed) {
   return topics;
 }
 
+// The constraint ends the answer; stop sequences would cut it.
+void Constrain(generate::Request& request, generate::Constraint::Kind kind, const std::string& source) {
+  request.constraint = {kind, source};
+  request.stop_sequences.clear();
+}
+
 // Questions first, all at once, sampled for variety; then the likeliest answer to each that may be used.
 StatusOr<std::vector<data::Example>> MakeExamples(Writer& writer, const std::vector<std::string>& topics, uint64_t seed) {
   const SynthesizeSpec& spec = writer.spec;
@@ -94,8 +101,10 @@ StatusOr<std::vector<data::Example>> MakeExamples(Writer& writer, const std::vec
   std::vector<generate::Request> requests;
   for (int64_t index = spec.shard; index < spec.examples; index += spec.shards) {
     plans.push_back(data::PlanQuestion(writer.format, writer.seeds, seed_topics, topics, static_cast<size_t>(index), settings));
+    if (spec.structured) plans.back().prompt = data::StructuredPrompt(writer.format, writer.seeds, seed_topics, plans.back());
     RF_ASSIGN_OR_RETURN(generate::Request request, writer.MakeRequest(plans.back().prompt, data::QuestionStop(writer.format),
                                                                       spec.max_new_tokens, plans.back().question_seed, spec.temperature));
+    if (spec.structured) Constrain(request, generate::Constraint::Kind::kJsonSchema, data::QuestionSchema(writer.format));
     requests.push_back(std::move(request));
   }
   RF_ASSIGN_OR_RETURN(auto questions, writer.Run(requests, "questions"));
@@ -105,11 +114,14 @@ StatusOr<std::vector<data::Example>> MakeExamples(Writer& writer, const std::vec
   std::vector<size_t> asked;
   requests.clear();
   for (size_t i = 0; i < plans.size(); ++i) {
-    parsed.push_back(data::ParseQuestion(writer.format, questions[i].first, questions[i].second));
+    const auto parse = spec.structured ? data::ParseStructuredQuestion : data::ParseQuestion;
+    parsed.push_back(parse(writer.format, questions[i].first, questions[i].second));
     if (!parsed.back().ok()) continue;
     RF_ASSIGN_OR_RETURN(generate::Request request,
                         writer.MakeRequest(data::AnswerPrompt(writer.format, shots, parsed.back().text), data::AnswerStop(),
                                            spec.max_new_tokens, plans[i].answer_seed, /*temperature=*/0));
+    if (const std::string regex = data::AnswerRegex(writer.format); spec.structured && !regex.empty())
+      Constrain(request, generate::Constraint::Kind::kRegex, regex);
     requests.push_back(std::move(request));
     asked.push_back(i);
   }
@@ -132,7 +144,9 @@ Status Synthesize(const SynthesizeSpec& spec, TaskContext& context) {
   RF_ASSIGN_OR_RETURN(auto tokenizer, tokenizer::Tokenizer::Load(resolved.folder->path()));
   model::LoadOptions options{.dtype = runtime::ComputeType(), .device = runtime::DefaultDevice()};
   RF_ASSIGN_OR_RETURN(std::shared_ptr<model::CausalLm> teacher, model::CausalLm::Load(*resolved.folder, options));
-  generate::Engine engine(teacher, {.max_batch = 32});
+  generate::EngineOptions engine_options{.max_batch = 32};
+  if (spec.structured) engine_options.tokenizer = tokenizer;  // constraints need it
+  generate::Engine engine(teacher, engine_options);
 
   RF_ASSIGN_OR_RETURN(data::TaskFormat format, data::FormatOf(spec.task, spec.description));
   Writer writer{.spec = spec, .context = context, .tokenizer = *tokenizer, .engine = engine, .format = std::move(format)};

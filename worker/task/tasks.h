@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <functional>
+
 #include "common/status.h"
 #include "worker/task/context.h"
 #include "worker/task/spec.h"
@@ -24,7 +26,9 @@ Status Quantize(const QuantizeSpec& spec, TaskContext& context);
 Status Evaluate(const EvaluateSpec& spec, TaskContext& context);
 Status Export(const ExportSpec& spec, TaskContext& context);
 
-// Runs one task; writes the TaskEvent `error` when it fails. The only catch of the program.
+// What `work` returns, or the exception it threw as a Status. The only catch of the program.
+Status Guarded(const std::function<Status()>& work);
+// Runs one task; writes the TaskEvent `error` when it fails.
 Status RunTask(const TaskSpec& spec, TaskContext& context);
 
 }  // namespace refinery::task

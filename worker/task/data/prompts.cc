@@ -15,7 +15,7 @@ namespace refinery::data {
 namespace {
 
 // Reasons: no_question, no_answer, truncated, too_short, too_long, bad_start, ends_with_colon, blacklist, refusal, repetitive,
-// label_leak, bad_options, not_a_letter, repeats_question, known_topic.
+// label_leak, bad_options, bad_json (structured.h), not_a_letter, repeats_question, known_topic.
 
 // Words that point at something a text model cannot see (Self-Instruct's list, and ALPACA's additions).
 constexpr std::array<std::string_view, 22> kBlacklist = {

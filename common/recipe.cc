@@ -77,6 +77,7 @@ void FillRest(v1::Recipe* recipe) {
   gptq->set_sequence_length(Or(gptq->sequence_length(), 256));
   v1::Evaluate* evaluate = recipe->mutable_evaluate();
   evaluate->set_latency_tokens(Or(evaluate->latency_tokens(), 32));
+  evaluate->set_shards(Or(evaluate->shards(), 1));
   for (v1::Benchmark& benchmark : *evaluate->mutable_benchmarks()) {
     auto known = KnownBenchmarks().find(benchmark.name());
     if (known != KnownBenchmarks().end() && benchmark.split().empty()) benchmark.set_split(known->second);

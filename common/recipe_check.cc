@@ -236,6 +236,9 @@ Status CheckEvaluate(const v1::Evaluate& evaluate) {
     if (!seen.insert(benchmark.name()).second)
       return InvalidArgument(field, ".name is '", benchmark.name(), "' again; name each once");
   }
+  RF_RETURN_IF_ERROR(Between("evaluate.shards", evaluate.shards(), 1, 64));
+  if (evaluate.shards() > 1 && evaluate.benchmarks().empty())
+    return InvalidArgument("evaluate.shards is ", evaluate.shards(), ", but there are no evaluate.benchmarks to share");
   return Between("evaluate.latency_tokens", evaluate.latency_tokens(), 1, 100000);
 }
 

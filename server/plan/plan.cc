@@ -12,6 +12,8 @@ namespace {
 
 using Source = Input::Source;
 
+constexpr uint64_t kMaxVariants = 6;  // student, refined, both quantized, and the best of each optimizer
+
 class Planner {
  public:
   Planner(const v1::Recipe& recipe, const std::map<std::string, std::string>& files) : recipe_(recipe), files_(files) {}
@@ -46,10 +48,11 @@ class Planner {
   Status CheckSize() const {
     const uint64_t trials =
         uint64_t{std::max(1u, recipe_.search().trials())} * std::max(1u, recipe_.search().replicates());
-    const uint64_t tasks = 2 * uint64_t{recipe_.data().synthesize().shards()} + trials + 16;
+    const uint64_t tasks = 2 * uint64_t{recipe_.data().synthesize().shards()} + trials +
+                           kMaxVariants * (Shards() - 1) + 16;
     if (tasks <= limits::kMaxTasksPerJob) return absl::OkStatus();
     return FailedPrecondition("the plan would have ", tasks, " tasks; a job may have ", limits::kMaxTasksPerJob,
-                              "; lower data.synthesize.shards, search.trials or search.replicates");
+                              "; lower data.synthesize.shards, evaluate.shards, search.trials or search.replicates");
   }
 
   // Adds a task; `needs` follows from the inputs: the tasks named there and, for the study's best, every trial.
@@ -191,23 +194,64 @@ class Planner {
          ->mutable_gptq() = gptq;
   }
 
-  void AddEvaluation(const std::string& variant, std::vector<Input> model) {
-    std::vector<Input> inputs = {Student()};
-    inputs.insert(inputs.end(), model.begin(), model.end());
-    inputs.push_back(Examples());
-    inputs.push_back(Logits());
-    AppendBenchmarks(&inputs);
-    std::string what = "held-out KL, speed";
-    for (const v1::Benchmark& benchmark : recipe_.evaluate().benchmarks()) what += ", " + benchmark.name();
+  uint64_t Shards() const { return std::max<uint64_t>(1, recipe_.evaluate().shards()); }
+
+  std::string BenchmarkNames() const {
+    std::string names;
+    for (const v1::Benchmark& benchmark : recipe_.evaluate().benchmarks())
+      names += (names.empty() ? "" : ", ") + benchmark.name();
+    return names;
+  }
+
+  v1::EvaluateParams* AddEvaluate(const std::string& path, const std::string& variant, std::vector<Input> inputs,
+                                  std::string summary) {
     v1::EvaluateParams* params =
-        Add(Join("evaluate/", variant), v1::EVALUATE, std::move(inputs), "measure " + what)->mutable_evaluate();
+        Add(path, v1::EVALUATE, std::move(inputs), std::move(summary))->mutable_evaluate();
     params->set_variant(variant);
-    params->set_latency_tokens(recipe_.evaluate().latency_tokens());
     for (const v1::Benchmark& benchmark : recipe_.evaluate().benchmarks()) {
       v1::Benchmark* copy = params->add_benchmarks();
       *copy = benchmark;
       copy->clear_file();  // its rows come as an input
     }
+    return params;
+  }
+
+  // The tasks that share the items of the benchmarks, and their outputs as inputs of the task that merges them.
+  std::vector<Input> AddShards(const std::string& variant, const std::vector<Input>& model) {
+    std::vector<Input> outputs;
+    for (uint64_t shard = 0; shard < Shards(); ++shard) {
+      std::vector<Input> inputs = {Student()};
+      inputs.insert(inputs.end(), model.begin(), model.end());
+      AppendBenchmarks(&inputs);
+      const std::string path = Join("evaluate/", variant, "/shard/", shard);
+      v1::EvaluateParams* params =
+          AddEvaluate(path, variant, std::move(inputs), Join("score part ", shard + 1, " of ", Shards(), " of ", BenchmarkNames()));
+      params->set_shard(static_cast<uint32_t>(shard));
+      params->set_shards(static_cast<uint32_t>(Shards()));
+      outputs.push_back(FromTask(Join("shard-", shard), path));
+    }
+    return outputs;
+  }
+
+  void AddEvaluation(const std::string& variant, std::vector<Input> model) {
+    const bool sharded = Shards() > 1;
+    std::vector<Input> inputs = {Student()};
+    inputs.insert(inputs.end(), model.begin(), model.end());
+    inputs.push_back(Examples());
+    inputs.push_back(Logits());
+    if (sharded) {
+      std::vector<Input> shards = AddShards(variant, model);
+      inputs.insert(inputs.end(), shards.begin(), shards.end());
+    } else {
+      AppendBenchmarks(&inputs);
+    }
+    std::string what = "held-out KL, speed";
+    if (!BenchmarkNames().empty()) what += ", " + BenchmarkNames();
+    v1::EvaluateParams* params = AddEvaluate(Join("evaluate/", variant), variant, std::move(inputs), "measure " + what);
+    params->set_latency_tokens(recipe_.evaluate().latency_tokens());
+    if (!sharded) return;
+    params->set_shards(static_cast<uint32_t>(Shards()));
+    params->set_merge(true);
   }
 
   void AddEvaluations() {

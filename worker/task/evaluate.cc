@@ -56,12 +56,42 @@ Status MeasureHeldOut(const model::CausalLm& lm, const tokenizer::Tokenizer& tok
   return absl::OkStatus();
 }
 
-Status MeasureBenchmark(const BenchmarkSpec& benchmark, eval::Scorer& scorer, Recorder& recorder) {
-  TaskContext& context = recorder.context;
+// Of this shard, where the evaluation has several.
+StatusOr<eval::MultipleChoiceResult> ScoreBenchmark(const EvaluateSpec& spec, const BenchmarkSpec& benchmark, eval::Scorer& scorer,
+                                                    TaskContext& context) {
   RF_ASSIGN_OR_RETURN(std::filesystem::path file, context.InputJsonl(Join("benchmark-", benchmark.name)));
   RF_ASSIGN_OR_RETURN(std::vector<data::MultipleChoiceItem> items,
                       data::ReadItems(benchmark.name, file, static_cast<size_t>(benchmark.limit)));
-  RF_ASSIGN_OR_RETURN(eval::MultipleChoiceResult result, eval::EvaluateMultipleChoice(items, scorer.AsScoreFn()));
+  return eval::EvaluateMultipleChoice(items, scorer.AsScoreFn(), {.shard = spec.shard, .shards = spec.shards});
+}
+
+// What the shards found, as if one task had scored all items.
+StatusOr<eval::MultipleChoiceResult> MergeBenchmark(const EvaluateSpec& spec, const BenchmarkSpec& benchmark, TaskContext& context) {
+  std::vector<eval::ItemResult> items;
+  for (int64_t shard = 0; shard < spec.shards; ++shard) {
+    RF_ASSIGN_OR_RETURN(std::filesystem::path folder, context.Input(Join("shard-", shard)));
+    RF_RETURN_IF_ERROR(data::ForEachJsonLine(folder / Join("items-", benchmark.name, ".jsonl"), 0,
+                                             [&](const nlohmann::json& row, const std::string& where) -> Status {
+                                               RF_ASSIGN_OR_RETURN(eval::ItemResult item, eval::ItemResultFromJson(row, where));
+                                               items.push_back(std::move(item));
+                                               return absl::OkStatus();
+                                             }));
+  }
+  RF_ASSIGN_OR_RETURN(eval::MultipleChoiceResult result,
+                      eval::Summarize(benchmark.name, std::move(items), data::HasAccNorm(benchmark.name)));
+  for (size_t i = 0; i < result.items.size(); ++i) {
+    if (result.items[i].row != static_cast<int64_t>(i)) return DataLoss("the shards lack row ", i, " of ", benchmark.name);
+  }
+  return result;
+}
+
+Status WriteItems(const BenchmarkSpec& benchmark, const eval::MultipleChoiceResult& result, const TaskContext& context) {
+  std::string lines;
+  for (const eval::ItemResult& item : result.items) lines += eval::ToJson(item).dump() + "\n";
+  return WriteFileAtomically(context.outputs / Join("items-", benchmark.name, ".jsonl"), lines);
+}
+
+Status RecordBenchmark(const BenchmarkSpec& benchmark, const eval::MultipleChoiceResult& result, Recorder& recorder) {
   auto count = static_cast<uint64_t>(result.count);
   auto add = [&](const char* metric, const eval::Accuracy& accuracy) {
     recorder.Add({.name = Join(benchmark.name, "/", metric),
@@ -72,9 +102,15 @@ Status MeasureBenchmark(const BenchmarkSpec& benchmark, eval::Scorer& scorer, Re
   };
   add("acc", result.acc);
   if (result.acc_norm.has_value()) add("acc_norm", *result.acc_norm);
-  std::string lines;
-  for (const eval::ItemResult& item : result.items) lines += eval::ToJson(item).dump() + "\n";
-  return WriteFileAtomically(context.outputs / Join("items-", benchmark.name, ".jsonl"), lines);
+  return WriteItems(benchmark, result, recorder.context);
+}
+
+Status RunShard(const EvaluateSpec& spec, eval::Scorer& scorer, TaskContext& context) {
+  for (const BenchmarkSpec& benchmark : spec.benchmarks) {
+    RF_ASSIGN_OR_RETURN(const eval::MultipleChoiceResult result, ScoreBenchmark(spec, benchmark, scorer, context));
+    RF_RETURN_IF_ERROR(WriteItems(benchmark, result, context));
+  }
+  return absl::OkStatus();
 }
 
 // Bytes of the weights as they are stored: everything else in the compute type, the linear layers of the blocks in it too or as
@@ -104,9 +140,14 @@ Status Evaluate(const EvaluateSpec& spec, TaskContext& context) {
   RF_ASSIGN_OR_RETURN(auto tokenizer, tokenizer::Tokenizer::Load(student.folder->path()));
   RF_ASSIGN_OR_RETURN(std::shared_ptr<model::CausalLm> lm, LoadVariant(context, student));
   eval::Scorer scorer(lm, tokenizer, context.events);
+  if (spec.shards > 1 && !spec.merge) return RunShard(spec, scorer, context);
   Recorder recorder{.context = context};
   RF_RETURN_IF_ERROR(MeasureHeldOut(*lm, *tokenizer, scorer, recorder));
-  for (const BenchmarkSpec& benchmark : spec.benchmarks) RF_RETURN_IF_ERROR(MeasureBenchmark(benchmark, scorer, recorder));
+  for (const BenchmarkSpec& benchmark : spec.benchmarks) {
+    auto result = spec.merge ? MergeBenchmark(spec, benchmark, context) : ScoreBenchmark(spec, benchmark, scorer, context);
+    RF_RETURN_IF_ERROR(result.status());
+    RF_RETURN_IF_ERROR(RecordBenchmark(benchmark, *result, recorder));
+  }
   RF_RETURN_IF_ERROR(MeasureSize(*lm, recorder));
   if (spec.latency_tokens > 0)
     recorder.Add({.name = "ms_per_token",

@@ -98,6 +98,9 @@ struct EvaluateSpec {
   std::string variant;
   std::vector<BenchmarkSpec> benchmarks;
   int64_t latency_tokens = 0;
+  int64_t shard = 0;
+  int64_t shards = 1;    // > 1: score only this shard's blocks of the benchmarks' items, or, with `merge`, read what the
+  bool merge = false;    // shards found
 };
 
 struct ExportSpec {

@@ -58,7 +58,11 @@ TrainSpec ToSpec(const v1::TrainParams& p) {
 }
 
 EvaluateSpec ToSpec(const v1::EvaluateParams& p) {
-  EvaluateSpec spec{.variant = p.variant(), .latency_tokens = p.latency_tokens()};
+  EvaluateSpec spec{.variant = p.variant(),
+                    .latency_tokens = p.latency_tokens(),
+                    .shard = p.shard(),
+                    .shards = p.shards() == 0 ? 1 : p.shards(),
+                    .merge = p.merge()};
   for (const v1::Benchmark& b : p.benchmarks()) spec.benchmarks.push_back({.name = b.name(), .limit = b.limit()});
   return spec;
 }

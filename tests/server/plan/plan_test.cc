@@ -244,6 +244,33 @@ TEST(PlanTest, EvaluationsTakeLimitsButNoClientPaths) {
   EXPECT_EQ(params.latency_tokens(), 32u);
 }
 
+// Goal: with shards each variant's benchmark items are shared by that many tasks, and the variant's own task merges them: it
+// reads no benchmark, they read neither examples nor logits.
+TEST(PlanTest, ShardedEvaluationsAreMerged) {
+  v1::Recipe recipe = SmallRecipe();
+  recipe.mutable_evaluate()->set_shards(3);
+  const Plan plan = MustPlan(recipe);
+  const PlannedTask* merge = plan.Find("evaluate/student-gptq");
+  ASSERT_NE(merge, nullptr);
+  EXPECT_TRUE(merge->spec.evaluate().merge());
+  EXPECT_EQ(merge->spec.evaluate().shards(), 3u);
+  std::vector<std::string> names;
+  for (const Input& input : merge->inputs) names.push_back(input.name);
+  EXPECT_THAT(names, ::testing::ElementsAre("student", "quantized", "examples", "logits", "shard-0", "shard-1", "shard-2"));
+  for (uint32_t shard = 0; shard < 3; ++shard) {
+    const PlannedTask* task = plan.Find(Join("evaluate/student-gptq/shard/", shard));
+    ASSERT_NE(task, nullptr);
+    EXPECT_EQ(task->spec.evaluate().shard(), shard);
+    EXPECT_EQ(task->spec.evaluate().shards(), 3u);
+    EXPECT_FALSE(task->spec.evaluate().merge());
+    EXPECT_EQ(task->spec.evaluate().variant(), "student-gptq");
+    names.clear();
+    for (const Input& input : task->inputs) names.push_back(input.name);
+    EXPECT_THAT(names, ::testing::ElementsAre("student", "quantized", "benchmark-piqa"));
+    EXPECT_THAT(merge->needs, ::testing::Contains(task->path));
+  }
+}
+
 // Goal: what is the same work is done once.  Method: the refined model and the best Muon model get the same adapter.
 TEST(PlanTest, EqualEvaluationsHaveEqualDigests) {
   const Plan plan = MustPlan(SmallRecipe());

@@ -16,7 +16,7 @@ namespace {
 struct EvalFlags {
   std::string model, compare, tasks, split, pool, dtype, system, harness_version, items, cache, task_program, data, output;
   std::vector<std::string> adapters, compare_adapters;
-  int shots = 0, limit = 0, threads = 0, max_length = 0;
+  int shots = -1, limit = 0, threads = 0, max_length = 0;
   bool chat_template = false, single_turn = false;
 };
 
@@ -41,7 +41,7 @@ std::vector<std::string> Arguments(const EvalFlags& flags, const Globals& global
   text("--cache", flags.cache);
   text("--data", flags.data.empty() ? globals.data_folder.string() : flags.data);
   text("--output", flags.output.empty() && globals.json ? "json" : flags.output);
-  number("--shots", flags.shots);
+  if (flags.shots >= 0) arguments.insert(arguments.end(), {"--shots", std::to_string(flags.shots)});
   number("--limit", flags.limit);
   number("--threads", flags.threads);
   number("--max-length", flags.max_length);
@@ -79,7 +79,7 @@ void AddEval(CLI::App& app, Globals& globals, Result& result) {
   command->add_option("--adapter", flags->adapters, "PEFT adapter folder to merge; may stand several times");
   command->add_option("--compare", flags->compare, "a second model on the same items: McNemar's test and intervals");
   command->add_option("--compare-adapter", flags->compare_adapters, "PEFT adapter folder of the second model");
-  command->add_option("--shots", flags->shots, "solved examples before each question (default 0)")->check(CLI::Range(0, 100));
+  command->add_option("--shots", flags->shots, "solved examples before each question (default 0, or what a task file says)")->check(CLI::Range(0, 100));
   command->add_option("--limit", flags->limit, "only the first N items of each task")->check(CLI::NonNegativeNumber);
   command->add_option("--data", flags->data, "folder of the pulled benchmarks (default: that of --data-dir)");
   command->add_option("--split", flags->split, "score this split instead of the official one");

@@ -11,10 +11,13 @@
 #include "common/files.h"
 #include "worker/task/checkpoint/import.h"
 #include "worker/task/checkpoint/peft_adapter.h"
+#include "worker/task/data/encoded.h"
+#include "worker/task/eval/exact_match.h"
 #include "worker/task/eval/figures.h"
 #include "worker/task/eval/harness.h"
 #include "worker/task/eval/scorer.h"
 #include "worker/task/eval/task_set.h"
+#include "worker/task/generate/engine.h"
 #include "worker/task/runtime/device.h"
 #include "worker/task/start.h"
 
@@ -57,7 +60,7 @@ StatusOr<LoadedModel> LoadModel(const EvalOptions& options, const std::string& u
   RF_ASSIGN_OR_RETURN(const auto folder, checkpoint::ModelFolder::Open(path));
   const at::ScalarType dtype = options.dtype == "float32" ? at::kFloat : at::kBFloat16;
   LoadedModel loaded;
-  RF_ASSIGN_OR_RETURN(loaded.lm, model::CausalLm::Load(*folder, {.dtype = dtype, .device = runtime::DefaultDevice()}));
+  RF_ASSIGN_OR_RETURN(loaded.lm, model::CausalLm::Load(*folder, {.dtype = dtype, .device = runtime::DefaultDevice(), .keep_packed = adapters.empty()}));
   for (const std::string& adapter : adapters) {
     RF_ASSIGN_OR_RETURN(const checkpoint::PeftAdapter lora, checkpoint::LoadPeftAdapter(adapter));
     RF_RETURN_IF_ERROR(loaded.lm->MergeAdapter(lora));
@@ -70,7 +73,40 @@ StatusOr<LoadedModel> LoadModel(const EvalOptions& options, const std::string& u
 struct Scores {
   std::vector<eval::Figure> figures;
   std::vector<eval::ScoredItems> items;
+  int64_t computed_tokens = 0, requested_tokens = 0;
+  double seconds = 0;          // of the tasks, without loading the model
+
+  void Add(std::vector<eval::Figure> more) {
+    for (eval::Figure& figure : more) figures.push_back(std::move(figure));
+  }
 };
+
+Status WriteLines(const std::string& folder, const std::string& task, const std::vector<nlohmann::json>& rows) {
+  if (folder.empty()) return absl::OkStatus();
+  std::string lines;
+  for (const nlohmann::json& row : rows) lines += row.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  return WriteFileAtomically(std::filesystem::path(folder) / (task + ".jsonl"), lines);
+}
+
+// Greedy answers by the generation engine. A prompt that is too long loses its beginning, as in the harness.
+StatusOr<std::vector<std::string>> Answers(const LoadedModel& model, const std::vector<std::string>& prompts,
+                                           const eval::ExactMatchRules& rules, int64_t max_length, bool special_tokens,
+                                           runtime::Reporter& reporter) {
+  const int64_t room = max_length - rules.max_new_tokens;
+  if (room < 1) return InvalidArgument("max_new_tokens ", rules.max_new_tokens, " leaves no room in ", max_length, " tokens");
+  std::vector<generate::Request> requests;
+  for (const std::string& prompt : prompts) {
+    RF_ASSIGN_OR_RETURN(std::vector<int32_t> ids, data::EncodeText(prompt, *model.tokenizer, special_tokens));
+    if (static_cast<int64_t>(ids.size()) > room) ids.erase(ids.begin(), ids.end() - room);
+    requests.push_back({.prompt = std::move(ids), .max_new_tokens = rules.max_new_tokens, .sampling = {.temperature = 0},
+                        .end_ids = model.tokenizer->end_ids(), .stop_strings = rules.stop});
+  }
+  generate::Engine engine(model.lm, {.tokenizer = model.tokenizer});
+  RF_ASSIGN_OR_RETURN(const std::vector<generate::Completion> completions, engine.Generate(requests, reporter));
+  std::vector<std::string> answers;
+  for (const generate::Completion& completion : completions) answers.push_back(completion.text);
+  return answers;
+}
 
 class Evaluation {
  public:
@@ -78,73 +114,131 @@ class Evaluation {
 
   // The items of every task, before a model is loaded: what is missing shows at once.
   Status LoadTasks() {
-    const eval::TaskSource source{.data = options_.data, .shots = static_cast<size_t>(options_.shots),
-                                  .limit = static_cast<size_t>(options_.limit), .split = options_.split, .pool = options_.pool};
+    const Clock::time_point start = Clock::now();
+    eval::TaskSource source{.data = options_.data, .limit = static_cast<size_t>(options_.limit), .split = options_.split,
+                            .pool = options_.pool};
+    if (options_.shots >= 0) source.shots = static_cast<size_t>(options_.shots);
     for (const std::string& name : options_.tasks) {
       RF_ASSIGN_OR_RETURN(eval::TaskItems task, eval::LoadTaskItems(name, source));
       tasks_.push_back(std::move(task));
     }
+    loading_seconds_ = Since(start);
     return absl::OkStatus();
   }
 
   StatusOr<Scores> Run(const LoadedModel& model, const std::string& items_folder) {
+    const Clock::time_point start = Clock::now();
     eval::Scorer scorer(model.lm, model.tokenizer, progress_,
                         {.max_length = options_.max_length, .special_tokens = harness_.special_tokens});
     Scores scores;
-    for (const eval::TaskItems& task : tasks_) {
-      RF_RETURN_IF_ERROR(task.pages.empty() ? RunChoices(task, model, scorer, items_folder, &scores)
-                                            : RunText(task, model, scorer, items_folder, &scores));
-    }
+    for (const eval::TaskItems& task : tasks_) RF_RETURN_IF_ERROR(RunTask(task, model, scorer, items_folder, &scores));
+    scores.computed_tokens = scorer.computed_tokens();
+    scores.requested_tokens = scorer.requested_tokens();
+    scores.seconds = loading_seconds_ + Since(start);
     return scores;
   }
 
  private:
-  Status RunChoices(const eval::TaskItems& task, const LoadedModel& model, eval::Scorer& scorer, const std::string& folder,
-                    Scores* scores) {
+  static double Since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+  eval::PromptOptions Prompt(const LoadedModel& model) const {
+    return {.system = options_.system, .chat_template = options_.chat_template ? model.tokenizer.get() : nullptr,
+            .multi_turn = !options_.single_turn};
+  }
+
+  Status RunTask(const eval::TaskItems& task, const LoadedModel& model, eval::Scorer& scorer, const std::string& folder,
+                 Scores* scores) {
     int64_t requests = 0;
     for (const data::MultipleChoiceItem& item : task.items) requests += static_cast<int64_t>(item.continuations.size());
     scorer.Expect(task.name, requests);
-    eval::MultipleChoiceOptions choices{.acc_norm = task.acc_norm};
-    choices.prompt.system = options_.system;
-    choices.prompt.multi_turn = !options_.single_turn;
-    if (options_.chat_template) choices.prompt.chat_template = model.tokenizer.get();
+    switch (task.kind) {
+      case eval::TaskItems::Kind::kMultipleChoice: return RunChoices(task, model, scorer, folder, scores);
+      case eval::TaskItems::Kind::kText: return RunText(task, model, scorer, folder, scores);
+      case eval::TaskItems::Kind::kAnswer: return RunAnswers(task, model, scorer, folder, scores);
+      case eval::TaskItems::Kind::kExactMatch: return RunExactMatch(task, model, scorer, folder, scores);
+    }
+    return absl::OkStatus();
+  }
+
+  Status RunChoices(const eval::TaskItems& task, const LoadedModel& model, eval::Scorer& scorer, const std::string& folder,
+                    Scores* scores) {
     RF_ASSIGN_OR_RETURN(const eval::MultipleChoiceResult result,
-                        eval::EvaluateMultipleChoice(task.items, scorer.AsScoreFn(), choices));
-    for (eval::Figure& figure : eval::FiguresOf(task.name, result)) scores->figures.push_back(std::move(figure));
+                        eval::EvaluateMultipleChoice(task.items, scorer.AsScoreFn(),
+                                                     {.prompt = Prompt(model), .acc_norm = task.acc_norm}));
+    scores->Add(eval::FiguresOf(task.name, result));
     for (eval::ScoredItems& items : eval::ScoresOf(task.name, result)) scores->items.push_back(std::move(items));
-    if (folder.empty()) return absl::OkStatus();
-    std::string lines;
-    for (const eval::ItemResult& item : result.items) lines += eval::ToJson(item).dump() + "\n";
-    return WriteFileAtomically(std::filesystem::path(folder) / (task.name + ".jsonl"), lines);
+    std::vector<nlohmann::json> rows;
+    for (const eval::ItemResult& item : result.items) rows.push_back(eval::ToJson(item));
+    return WriteLines(folder, task.name, rows);
   }
 
   Status RunText(const eval::TaskItems& task, const LoadedModel& model, eval::Scorer& scorer, const std::string& folder,
                  Scores* scores) {
-    scorer.Expect(task.name, 0);
     const int64_t window = scorer.options().max_length;
     RF_ASSIGN_OR_RETURN(const eval::TextResult result,
                         eval::EvaluateText(task.pages, *model.tokenizer,
-                                           {.window = window, .special_tokens = harness_.special_tokens}, window, scorer));
-    for (eval::Figure& figure : eval::FiguresOf(task.name, result)) scores->figures.push_back(std::move(figure));
-    if (folder.empty()) return absl::OkStatus();
-    std::string lines;
+                                           {.window = window, .special_tokens = harness_.special_tokens,
+                                            .detokenize_wikitext = task.detokenize}, window, scorer));
+    scores->Add(eval::FiguresOf(task.name, result));
+    std::vector<nlohmann::json> rows;
     for (size_t i = 0; i < result.per_page.size(); ++i) {
-      const nlohmann::json page = {{"row", i}, {"log_likelihood", result.per_page[i]}, {"tokens", result.page_tokens[i]},
-                                   {"words", result.page_words[i]}, {"bytes", result.page_bytes[i]}};
-      lines += page.dump() + "\n";
+      rows.push_back({{"row", i}, {"log_likelihood", result.per_page[i]}, {"tokens", result.page_tokens[i]},
+                      {"words", result.page_words[i]}, {"bytes", result.page_bytes[i]}});
     }
-    return WriteFileAtomically(std::filesystem::path(folder) / (task.name + ".jsonl"), lines);
+    return WriteLines(folder, task.name, rows);
+  }
+
+  Status RunAnswers(const eval::TaskItems& task, const LoadedModel& model, eval::Scorer& scorer, const std::string& folder,
+                    Scores* scores) {
+    RF_ASSIGN_OR_RETURN(const eval::AnswerLikelihoods result,
+                        eval::EvaluateAnswerLikelihoods(task, scorer.AsScoreFn(), Prompt(model)));
+    scores->Add(result.figures);
+    eval::ScoredItems greedy{.task = task.name, .metric = "acc"};
+    std::vector<nlohmann::json> rows;
+    for (size_t i = 0; i < result.items.size(); ++i) {
+      const data::Score& item = result.items[i];
+      greedy.scores.push_back(item.is_greedy ? 1 : 0);
+      rows.push_back({{"row", i}, {"log_likelihood", item.log_likelihood}, {"tokens", item.tokens}, {"is_greedy", item.is_greedy}});
+    }
+    scores->items.push_back(std::move(greedy));
+    return WriteLines(folder, task.name, rows);
+  }
+
+  Status RunExactMatch(const eval::TaskItems& task, const LoadedModel& model, eval::Scorer& scorer, const std::string& folder,
+                       Scores* scores) {
+    const auto generate = [&](const std::vector<std::string>& prompts, const eval::ExactMatchRules& rules) {
+      return Answers(model, prompts, rules, scorer.options().max_length, harness_.special_tokens, progress_);
+    };
+    RF_ASSIGN_OR_RETURN(const eval::ExactMatchResult result, eval::EvaluateExactMatch(task, generate, Prompt(model)));
+    scores->Add(result.figures);
+    eval::ScoredItems matches{.task = task.name, .metric = "exact_match"};
+    std::vector<nlohmann::json> rows;
+    for (size_t i = 0; i < result.items.size(); ++i) {
+      const eval::GeneratedItem& item = result.items[i];
+      matches.scores.push_back(item.correct ? 1 : 0);
+      rows.push_back({{"row", i}, {"context", item.prompt_digest}, {"answer", item.answer}, {"expected", item.expected},
+                      {"correct", item.correct}});
+    }
+    scores->items.push_back(std::move(matches));
+    return WriteLines(folder, task.name, rows);
   }
 
   const EvalOptions& options_;
   const eval::Harness harness_;
   std::vector<eval::TaskItems> tasks_;
+  double loading_seconds_ = 0;
   ProgressLine progress_;
 };
 
 nlohmann::ordered_json Head(const EvalOptions& options, const std::string& model, const eval::Harness& harness) {
-  return {{"model", model}, {"dtype", options.dtype}, {"shots", options.shots}, {"harness_version", harness.version},
-          {"chat_template", options.chat_template}};
+  return {{"model", model}, {"dtype", options.dtype}, {"shots", std::max<int64_t>(0, options.shots)},
+          {"harness_version", harness.version}, {"chat_template", options.chat_template}};
+}
+
+void AddScores(const Scores& scores, nlohmann::ordered_json* json) {
+  (*json)["results"] = eval::ToJson(scores.figures);
+  (*json)["seconds"] = {{"tasks", scores.seconds}};
+  (*json)["tokens"] = {{"computed", scores.computed_tokens}, {"requested", scores.requested_tokens}};
 }
 
 }  // namespace
@@ -167,14 +261,14 @@ Status RunEvalCommand(const EvalOptions& options) {
     RF_ASSIGN_OR_RETURN(scores, evaluation.Run(model, folder("A")));
   }
   nlohmann::ordered_json json = Head(options, options.model, harness);
-  json["results"] = eval::ToJson(scores.figures);
+  AddScores(scores, &json);
   std::string text = eval::TableOf(scores.figures);
   if (compared) {
     RF_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options, second, options.compare_adapters));
     RF_ASSIGN_OR_RETURN(other, evaluation.Run(model, folder("B")));
     RF_ASSIGN_OR_RETURN(const std::vector<eval::Comparison> comparisons, eval::Compare(scores.items, other.items));
     json["compared_with"] = Head(options, second, harness);
-    json["compared_with"]["results"] = eval::ToJson(other.figures);
+    AddScores(other, &json["compared_with"]);
     json["comparison"] = eval::ToJson(comparisons);
     text = Join("A\n", text, "\nB\n", eval::TableOf(other.figures), "\n", eval::TableOf(comparisons, options.model, second));
   }

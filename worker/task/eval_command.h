@@ -20,7 +20,7 @@ struct EvalOptions {
   std::string compare;                  // a second model, scored on the same items
   std::vector<std::string> compare_adapters;
   std::vector<std::string> tasks;       // names, or task files (*.yaml)
-  int64_t shots = 0;
+  int64_t shots = -1;                   // -1: none, or what a task file says
   int64_t limit = 0;                    // items per task; 0 = all
   std::string data;                     // pulled benchmarks
   std::string split, pool;              // instead of the official ones

@@ -1,6 +1,7 @@
 #include "worker/task/data/benchmark.h"
 
 #include <algorithm>
+#include <map>
 #include <tuple>
 #include <utility>
 
@@ -309,29 +310,44 @@ std::vector<MultipleChoiceItem> DrawShots(const MultipleChoiceItem& item, const 
 
 }  // namespace
 
-StatusOr<std::vector<MultipleChoiceItem>> WithHarnessShots(const std::vector<MultipleChoiceItem>& items,
-                                                           const std::vector<MultipleChoiceItem>& pool, size_t k) {
+namespace {
+
+Status PoolTooSmall(const MultipleChoiceItem& item, size_t k, size_t pool) {
+  return FailedPrecondition(item.task, item.subject.empty() ? "" : "/", item.subject, ": ", k, " shots asked for, but the pool of ",
+                            pool, " rows has too few");
+}
+
+}  // namespace
+
+StatusOr<std::vector<MultipleChoiceItem>> WithDrawnShots(const std::vector<MultipleChoiceItem>& items,
+                                                         const std::vector<MultipleChoiceItem>& pool, size_t k, bool exclude) {
   std::vector<MultipleChoiceItem> prompted;
-  if (k == 0) return items;
   PythonRandom random(1234);
   for (const MultipleChoiceItem& item : items) {
-    std::vector<MultipleChoiceItem> shots;
-    if (item.task == "mmlu") {
-      for (const MultipleChoiceItem& candidate : pool) {
-        if (candidate.subject == item.subject && shots.size() < k) shots.push_back(candidate);
-      }
-    } else {
-      // Tasks without a test split, whose items might be in the pool.
-      const bool exclude = item.task != "arc_easy" && item.task != "openbookqa";
-      shots = DrawShots(item, pool, k, exclude, &random);
-    }
-    if (shots.size() < k) break;
+    const std::vector<MultipleChoiceItem> shots = DrawShots(item, pool, k, exclude, &random);
+    if (shots.size() < k) return PoolTooSmall(item, k, pool.size());
     prompted.push_back(WithShots(item, shots));
   }
-  if (prompted.size() == items.size()) return prompted;
-  const MultipleChoiceItem& short_of = items[prompted.size()];
-  return FailedPrecondition(short_of.task, short_of.subject.empty() ? "" : "/", short_of.subject, ": ", k,
-                            " shots asked for, but the pool of ", pool.size(), " rows has too few");
+  return prompted;
+}
+
+StatusOr<std::vector<MultipleChoiceItem>> WithHarnessShots(const std::vector<MultipleChoiceItem>& items,
+                                                           const std::vector<MultipleChoiceItem>& pool, size_t k) {
+  if (k == 0 || items.empty()) return items;
+  const std::string& task = items.front().task;
+  // Tasks without a test split: the items might be in the pool.
+  if (task != "mmlu") return WithDrawnShots(items, pool, k, /*exclude=*/task != "arc_easy" && task != "openbookqa");
+  std::map<std::string, std::vector<MultipleChoiceItem>> first;
+  for (const MultipleChoiceItem& candidate : pool) {
+    std::vector<MultipleChoiceItem>& shots = first[candidate.subject];
+    if (shots.size() < k) shots.push_back(candidate);
+  }
+  std::vector<MultipleChoiceItem> prompted;
+  for (const MultipleChoiceItem& item : items) {
+    if (first[item.subject].size() < k) return PoolTooSmall(item, k, pool.size());
+    prompted.push_back(WithShots(item, first[item.subject]));
+  }
+  return prompted;
 }
 
 Example ExampleFromItem(const MultipleChoiceItem& item) {

@@ -65,6 +65,10 @@ MultipleChoiceItem WithShots(MultipleChoiceItem item, const std::vector<Multiple
 StatusOr<std::vector<MultipleChoiceItem>> WithHarnessShots(const std::vector<MultipleChoiceItem>& items,
                                                            const std::vector<MultipleChoiceItem>& pool, size_t k);
 
+// The same by the harness' random sampler alone, for any rows; `exclude`: the items may be in the pool.
+StatusOr<std::vector<MultipleChoiceItem>> WithDrawnShots(const std::vector<MultipleChoiceItem>& items,
+                                                         const std::vector<MultipleChoiceItem>& pool, size_t k, bool exclude);
+
 // instruction = description + body, output = the right continuation without its space (a letter where the task asks for
 // letters), choices and answer_index as in the row, extra = {"question", "task"}. The few-shot text is not part of it.
 Example ExampleFromItem(const MultipleChoiceItem& item);

@@ -113,6 +113,17 @@ std::string Capitalize(std::string_view text) {
   return out;
 }
 
+std::string Lower(std::string_view text) {
+  std::string out;
+  while (!text.empty()) {
+    const CodePoint c = Decode(text);
+    if (c.valid) Append(ToLower(c.value), &out);
+    else out.push_back(text[0]);
+    text.remove_prefix(c.bytes);
+  }
+  return out;
+}
+
 std::string ReplaceAll(std::string_view text, std::string_view from, std::string_view to) {
   std::string out;
   for (size_t at = 0; at < text.size();) {

@@ -26,6 +26,9 @@ size_t CodePoints(std::string_view text);
 // German sharp s; the other multi-character mappings are left as they are.
 std::string Capitalize(std::string_view text);
 
+// str.lower(), by simple case mappings.
+std::string Lower(std::string_view text);
+
 // str.replace(from, to): every occurrence in one pass from the left. `from` must not be empty.
 std::string ReplaceAll(std::string_view text, std::string_view from, std::string_view to);
 

@@ -39,6 +39,26 @@ std::pair<std::vector<int64_t>, std::vector<Target>> CollectTargets(const TreeBa
   return {std::move(nodes), std::move(targets)};
 }
 
+struct Chosen {
+  at::Tensor log_probabilities;   // float32, on the CPU
+  at::Tensor greedy;              // bool: the token is its row's first choice, the lower token of equal ones
+};
+
+// Of token_index[i] in row row_index[i]. `logits` [rows, V] float32 is used up: at 49,152 entries a row its passes cost as much as
+// a layer, so the shifted exponentials take its place, and only rows whose target is a maximum are searched for it.
+// log_softmax of ATen on the CPU is off by 9e-6 nats over 49,152 entries; logits - logsumexp is not.
+Chosen Choose(at::Tensor logits, const at::Tensor& row_index, const at::Tensor& token_index) {
+  const at::Tensor picked = logits.index({row_index, token_index});
+  const at::Tensor top = logits.amax(1, /*keepdim=*/true);
+  at::Tensor greedy = picked.eq(top.squeeze(1).index_select(0, row_index));
+  if (const at::Tensor candidates = greedy.nonzero().squeeze(1); candidates.numel() > 0) {
+    const at::Tensor first = logits.index_select(0, row_index.index_select(0, candidates)).argmax(1);
+    greedy = greedy.index_put({candidates}, first.eq(token_index.index_select(0, candidates)));
+  }
+  const at::Tensor log_sum = logits.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1));
+  return {(picked - log_sum.index_select(0, row_index)).to(at::kCPU), greedy.to(at::kCPU)};
+}
+
 }  // namespace
 
 Scorer::Scorer(std::shared_ptr<const model::CausalLm> model, std::shared_ptr<const tokenizer::Tokenizer> tokenizer,
@@ -130,8 +150,7 @@ void Scorer::ScoreBatch(const TreeBatch& batch, const std::vector<data::EncodedP
                         std::vector<TokenScore>* scores) {
   const at::NoGradGuard no_grad;
   const auto [nodes, targets] = CollectTargets(batch, pairs);
-  const at::Tensor hidden =
-      TreeHidden(*model_, batch).index_select(0, at::tensor(nodes, at::kLong).to(model_->device()));
+  const at::Tensor hidden = TreeHidden(*model_, batch, nodes);
   size_t next = 0;
   for (int64_t begin = 0; begin < hidden.size(0); begin += options_.head_rows) {
     const int64_t rows = std::min(options_.head_rows, hidden.size(0) - begin);
@@ -144,10 +163,7 @@ void Scorer::ScoreBatch(const TreeBatch& batch, const std::vector<data::EncodedP
     }
     const at::Tensor row_index = at::tensor(row_of, at::kLong).to(logits.device());
     const at::Tensor token_index = at::tensor(token_of, at::kLong).to(logits.device());
-    // log_softmax of ATen on the CPU is off by 9e-6 nats over 49,152 entries; logits - logsumexp is not.
-    const at::Tensor log_probabilities =
-        (logits.index({row_index, token_index}) - logits.logsumexp(1).index_select(0, row_index)).to(at::kCPU);
-    const at::Tensor greedy = logits.argmax(1).index_select(0, row_index).eq(token_index).to(at::kCPU);
+    const auto [log_probabilities, greedy] = Choose(logits, row_index, token_index);
     const float* values = log_probabilities.const_data_ptr<float>();
     const bool* firsts = greedy.const_data_ptr<bool>();
     for (size_t i = first; i < next; ++i) {

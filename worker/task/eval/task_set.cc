@@ -4,6 +4,8 @@
 #include <map>
 #include <set>
 
+#include "worker/task/eval/task_file.h"
+
 namespace refinery::eval {
 namespace {
 
@@ -107,16 +109,18 @@ bool IsKnownTask(const std::string& name) {
 }
 
 StatusOr<TaskItems> LoadTaskItems(const std::string& name, const TaskSource& source) {
+  if (name.ends_with(".yaml") || name.ends_with(".yml")) return LoadTaskFile(name, source);
   std::string part;
   const Benchmark* benchmark = Find(name, &part);
   if (benchmark == nullptr) {
     return InvalidArgument("there is no task '", name, "'; known are ", KnownNames(),
                            ", mmlu_<subject>, or a task file ending in .yaml");
   }
-  TaskItems task{.name = name, .benchmark = benchmark->name, .acc_norm = data::HasAccNorm(benchmark->name)};
+  TaskItems task{.name = name, .acc_norm = data::HasAccNorm(benchmark->name)};
   RF_ASSIGN_OR_RETURN(const std::filesystem::path file,
                       SplitFile(*benchmark, source.split.empty() ? benchmark->scored : source.split, source));
   if (benchmark->name == "wikitext") {
+    task.kind = TaskItems::Kind::kText;
     RF_ASSIGN_OR_RETURN(const std::vector<nlohmann::json> rows, data::ReadJsonLines(file, source.limit));
     for (size_t i = 0; i < rows.size(); ++i) {
       if (!rows[i].contains("page") || !rows[i]["page"].is_string()) {
@@ -133,11 +137,11 @@ StatusOr<TaskItems> LoadTaskItems(const std::string& name, const TaskSource& sou
   }
   task.items = Limited(std::move(task.items), source.limit);
   if (task.items.empty()) return InvalidArgument(file.string(), " holds no items of ", name);
-  if (source.shots == 0) return task;
+  if (source.shots.value_or(0) == 0) return task;
   RF_ASSIGN_OR_RETURN(const std::filesystem::path pool_file,
                       SplitFile(*benchmark, source.pool.empty() ? benchmark->pool : source.pool, source));
   RF_ASSIGN_OR_RETURN(const std::vector<data::MultipleChoiceItem> pool, data::ReadItems(benchmark->name, pool_file));
-  RF_ASSIGN_OR_RETURN(task.items, data::WithHarnessShots(task.items, pool, source.shots));
+  RF_ASSIGN_OR_RETURN(task.items, data::WithHarnessShots(task.items, pool, *source.shots));
   return task;
 }
 

@@ -10,12 +10,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <vector>
+
 #include "worker/task/eval/prefix_tree.h"
 #include "worker/task/model/causal_lm.h"
 
 namespace refinery::eval {
 
-// Hidden states after the final norm, [N, H].
-at::Tensor TreeHidden(const model::CausalLm& model, const TreeBatch& batch);
+// Hidden states after the final norm of `nodes` (indices into the batch), [n, H] in their order.
+at::Tensor TreeHidden(const model::CausalLm& model, const TreeBatch& batch, const std::vector<int64_t>& nodes);
 
 }  // namespace refinery::eval

@@ -117,12 +117,22 @@ TEST(PythonRandomTest, SamplesAsCPythonDoes) {
   EXPECT_EQ(raw.Next(), 4150886329U);
   EXPECT_EQ(raw.Next(), 3342196574U);
   EXPECT_EQ(raw.Next(), 1892932127U);
-  PythonRandom arc(1234);
-  EXPECT_THAT(arc.Sample(2251, 5), ElementsAre(1805, 478, 30, 371, 143));
-  EXPECT_THAT(arc.Sample(2251, 5), ElementsAre(343, 403, 1452, 969, 71));
-  PythonRandom winogrande(1234);
-  EXPECT_THAT(winogrande.Sample(40398, 6), ElementsAre(28883, 7657, 490, 5940, 38156, 2288));
-  EXPECT_THAT(winogrande.Sample(40398, 6), ElementsAre(5500, 6450, 23241, 15519, 1142, 2019));
+  struct Golden {
+    size_t rows, drawn;
+    std::vector<size_t> first, second;
+  };
+  for (const Golden& golden : std::vector<Golden>{
+           {2251, 5, {1805, 478, 30, 371, 143}, {343, 403, 1452, 969, 71}},                             // arc_easy
+           {4957, 5, {3610, 957, 61, 742, 4769}, {286, 687, 806, 2905, 1939}},                          // openbookqa
+           {39905, 6, {28883, 7657, 490, 5940, 38156, 2288}, {5500, 6450, 23241, 15519, 1142, 2019}},   // hellaswag
+           {16113, 6, {15834, 12749, 7220, 1914, 122, 1485}, {14925, 15442, 15388, 13221, 9539, 572}},  // piqa
+           {33410, 6, {28883, 7657, 490, 5940, 2288, 5500}, {6450, 23241, 15519, 1142, 2019, 1038}},    // social_i_qa
+           {40398, 6, {28883, 7657, 490, 5940, 38156, 2288}, {5500, 6450, 23241, 15519, 1142, 2019}},   // winogrande
+           {9741, 6, {7220, 1914, 122, 1485, 9539, 572}, {1375, 1612, 5810, 3879, 285, 504}}}) {        // commonsense_qa
+    PythonRandom random(1234);
+    EXPECT_EQ(random.Sample(golden.rows, golden.drawn), golden.first) << golden.rows;
+    EXPECT_EQ(random.Sample(golden.rows, golden.drawn), golden.second) << golden.rows;
+  }
 }
 
 // Oracle: str.capitalize, str.strip and len of CPython 3.11.

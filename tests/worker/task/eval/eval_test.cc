@@ -81,7 +81,7 @@ std::vector<data::EncodedPair> RandomPairs(int64_t vocabulary) {
 // Goal: sharing prefixes changes nothing, also with a sliding window (Mistral) and normalised heads (Qwen3).
 // Oracle: the model's own pass over each whole sequence in float64 arithmetic of log_softmax.
 TEST(ScorerTest, SharedPrefixesGiveTheScoresOfWholeSequences) {
-  for (const char* name : {"llama", "mistral_window", "qwen2_yarn", "qwen3"}) {
+  for (const char* name : {"llama", "mistral_window", "qwen2_yarn", "qwen3", "qwen2_mixed_window", "qwen3_mixed_window"}) {
     SCOPED_TRACE(name);
     const std::shared_ptr<const model::CausalLm> model = model::TinyModel(model::TinyVectors(name), at::kFloat);
     const std::vector<data::EncodedPair> pairs = RandomPairs(model->config().vocab_size);
@@ -219,6 +219,62 @@ TEST(MultipleChoiceTest, StandardErrors) {
   // Within-group squares: a 2 * 1/4 = 1/2, b 3 * 2/9 = 2/3; (1/2 + 2/3) / (5 - 2) / 5.
   EXPECT_NEAR(pooled.standard_error, std::sqrt((0.5 + 2.0 / 3) / 3 / 5), 1e-12);
   EXPECT_EQ(MeanAccuracy({true}, {}).standard_error, 0);
+}
+
+// Goal: shards score the same bits as one task does, and their merge gives the same figures, also through the items' JSON.
+// Method: a tiny model and 300 items (three blocks) of different lengths, in one piece and as one of two shards each.
+TEST(MultipleChoiceTest, MergedShardsEqualOneTask) {
+  const std::shared_ptr<const model::CausalLm> model = model::TinyModel(model::TinyVectors("llama"), at::kBFloat16);
+  runtime::NullReporter reporter;
+  std::vector<data::MultipleChoiceItem> items;
+  for (int i = 0; i < 300; ++i) {
+    data::MultipleChoiceItem item;
+    item.task = "piqa";
+    item.bodies = {std::string(static_cast<size_t>(3 + i * 7 % 23), static_cast<char>('a' + i % 11))};
+    item.choices = item.answers = {Join("x", i % 5), Join("y", i % 7, "z")};
+    item.continuations = {" " + item.choices[0], " " + item.choices[1]};
+    item.gold = i % 2;
+    items.push_back(item);
+  }
+  const int64_t vocabulary = model->config().vocab_size;
+  const auto ids = [&](const std::string& text) {
+    std::vector<int32_t> result;
+    for (const char c : text) result.push_back(static_cast<int32_t>(c % vocabulary));
+    return result;
+  };
+  const auto run = [&](int64_t shard, int64_t shards) {
+    Scorer scorer(model, nullptr, reporter);
+    const auto score = [&](const std::vector<data::ScoreRequest>& requests) -> StatusOr<std::vector<data::Score>> {
+      std::vector<data::EncodedPair> pairs;
+      for (const data::ScoreRequest& request : requests) pairs.push_back({ids(request.context), ids(request.continuation)});
+      RF_ASSIGN_OR_RETURN(const std::vector<TokenScore> found, scorer.ScoreIds(pairs));
+      std::vector<data::Score> scores;
+      for (const TokenScore& one : found) scores.push_back({one.log_likelihood, one.tokens, false});
+      return scores;
+    };
+    const auto result = EvaluateMultipleChoice(items, score, {.shard = shard, .shards = shards});
+    RF_CHECK(result.ok());
+    return *result;
+  };
+  const MultipleChoiceResult whole = run(0, 1);
+  std::vector<ItemResult> parts;
+  for (int64_t shard = 0; shard < 2; ++shard) {
+    const MultipleChoiceResult part = run(shard, 2);
+    EXPECT_LT(part.count, whole.count);
+    for (const ItemResult& item : part.items) {
+      const auto read = ItemResultFromJson(nlohmann::json::parse(ToJson(item).dump()), "items");
+      ASSERT_THAT(read, IsOk());
+      parts.push_back(*read);
+    }
+  }
+  const auto merged = Summarize("piqa", parts, /*acc_norm=*/true);
+  ASSERT_THAT(merged, IsOk());
+  ASSERT_EQ(merged->items.size(), 300U);
+  for (size_t i = 0; i < 300; ++i) EXPECT_EQ(ToJson(merged->items[i]), ToJson(whole.items[i]));
+  EXPECT_EQ(merged->acc.value, whole.acc.value);
+  EXPECT_EQ(merged->acc_norm->standard_error, whole.acc_norm->standard_error);
+  parts.push_back(parts.front());
+  EXPECT_THAT(Summarize("piqa", parts, true), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("twice")));
 }
 
 // Goal: acc takes the first of equal choices, acc_norm divides by code points.  Method: a table instead of a model.

@@ -208,6 +208,27 @@ TEST_F(TokenizerTest, DamagedTokenizersNeverCrash) {
   }
 }
 
+// Goal: a broken tokenizer.json is refused with its file and field in one line.
+TEST_F(TokenizerTest, ErrorsNameFileAndField) {
+  WriteFromGguf(kVectors / "smollm.gguf");
+  const json whole = json::parse(*ReadFile(folder_ / "tokenizer.json"));
+  const std::vector<std::pair<std::string, json>> broken = {
+      {"decoder", {{"type", "x"}}},
+      {"pre_tokenizer", {{"type", "Split"}, {"pattern", {{"Regex", "("}}}, {"behavior", "Isolated"}, {"invert", false}}},
+      {"model", {{"type", "BPE"}, {"vocab", 3}}},
+      {"added_tokens", json::array({{{"id", -1}}})},
+      {"post_processor", 7}};
+  for (const auto& [field, value] : broken) {
+    json changed = whole;
+    changed[field] = value;
+    Write("tokenizer.json", changed.dump());
+    const Status status = Tokenizer::Load(folder_).status();
+    EXPECT_THAT(status, StatusIs(absl::StatusCode::kDataLoss, HasSubstr("tokenizer.json"))) << field;
+    EXPECT_THAT(status, StatusIs(absl::StatusCode::kDataLoss, HasSubstr("\"" + field + "\""))) << field;
+    EXPECT_EQ(status.message().find('\n'), std::string::npos) << field;
+  }
+}
+
 fs::path RealModel() {
   if (const char* path = std::getenv("REFINERY_TEST_MODEL")) return path;
   const char* home = std::getenv("HOME");

@@ -74,8 +74,19 @@ unsafe fn guard<F: FnOnce() -> Result<(), String>>(error: *mut RbString, body: F
             format!("the tokenizer library panicked: {text}")
         }
     };
-    store_string(error, message);
+    store_string(error, one_sentence(&message));
     1
+}
+
+/// A message of any crate as one line of valid text: onig's are not always UTF-8, others quote whole files.
+fn one_sentence(message: &str) -> String {
+    const MAX_LETTERS: usize = 1000;
+    let text = String::from_utf8_lossy(message.as_bytes());
+    let mut sentence: String = text.chars().take(MAX_LETTERS).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.chars().nth(MAX_LETTERS).is_some() {
+        sentence.push_str("...");
+    }
+    sentence
 }
 
 #[no_mangle]

@@ -1,5 +1,6 @@
 //! A thin layer over `tokenizers::Tokenizer` with the defaults of transformers' fast tokenizers.
 
+use serde_json::{json, Value as Json};
 use std::collections::HashMap;
 use tokenizers::processors::template::{Template, TemplateProcessing};
 use tokenizers::{DecoderWrapper, Tokenizer};
@@ -11,7 +12,10 @@ pub struct TextTokenizer {
 impl TextTokenizer {
     pub fn from_json(json: &str) -> Result<Self, String> {
         check_claims(json)?;
-        let mut inner: Tokenizer = json.parse().map_err(|error| format!("not a tokenizer.json: {error}"))?;
+        let mut inner: Tokenizer = json.parse().map_err(|error| match faulty_field(json) {
+            Some(field) => format!("not a tokenizer.json: the field {field:?} is not understood: {error}"),
+            None => format!("not a tokenizer.json: {error}"),
+        })?;
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         inner.with_padding(None);
         Ok(Self { inner })
@@ -130,6 +134,18 @@ fn trie_bytes(map: &str) -> usize {
         bits | (place as u64) << (42 - 6 * i)
     });
     u32::from_le_bytes([40, 32, 24, 16].map(|shift| (bits >> shift) as u8)) as usize
+}
+
+/// The field that makes a tokenizer.json unreadable: the first that is not read where all others are plain.
+fn faulty_field(json: &str) -> Option<&'static str> {
+    let whole: Json = serde_json::from_str(json).ok()?;
+    let plain = json!({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}});
+    let fields = ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"];
+    fields.into_iter().find(|&field| {
+        let mut alone = plain.clone();
+        alone[field] = whole.get(field).cloned().unwrap_or(Json::Null);
+        std::panic::catch_unwind(|| alone.to_string().parse::<Tokenizer>().is_err()).unwrap_or(true)
+    })
 }
 
 const MAX_TOKEN_IDS: usize = 1 << 22;

@@ -2,6 +2,7 @@
 // The precompiled header comes first.
 #include "worker/task/chat.h"
 
+#include <poll.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -23,6 +24,7 @@ namespace refinery::task {
 namespace {
 
 constexpr int kInterruptedCode = 130;
+constexpr int kLookMilliseconds = 100;
 constexpr uint64_t kMaxSchemaBytes = 1 << 20;
 constexpr double kUsualTemperature = 0.7, kUsualTopP = 0.95;
 
@@ -171,6 +173,11 @@ class Terminal {
   StatusOr<std::string> ReadLine(const char* prompt) {
     std::printf(color_ ? "\033[1m%s\033[0m" : "%s", prompt);
     std::fflush(stdout);
+    // A signal that comes before getline waits would be lost: look again and again until there is a line.
+    pollfd input{.fd = STDIN_FILENO, .events = POLLIN, .revents = 0};
+    while (g_interrupts == 0 && ::poll(&input, 1, kLookMilliseconds) <= 0) {
+    }
+    if (g_interrupts > 0) return Cancelled("interrupted");
     char* buffer = nullptr;
     size_t size = 0;
     errno = 0;

@@ -41,7 +41,7 @@ class GgufTest : public FolderTest {};
 
 TEST_F(GgufTest, EveryTypeDequantizesBitForBitAsInGgufPy) {
   json vectors = json::parse(*ReadFile(kVectors / "gguf/blocks.json"));
-  EXPECT_EQ(vectors["types"].size(), 13u);
+  EXPECT_EQ(vectors["types"].size(), 14u);
   for (const auto& [name, vector] : vectors["types"].items()) {
     const GgufType* type = FindGgufType(vector["id"].get<uint32_t>());
     ASSERT_NE(type, nullptr) << name;
@@ -55,6 +55,19 @@ TEST_F(GgufTest, EveryTypeDequantizesBitForBitAsInGgufPy) {
     type->dequantize(reinterpret_cast<const uint8_t*>(blocks.data()), count, values.data());
     EXPECT_EQ(std::memcmp(values.data(), expected.data(), expected.size()), 0) << name;
   }
+}
+
+// Version 2 is laid out like version 3.
+TEST_F(GgufTest, ReadsVersionTwo) {
+  std::string bytes = *ReadFile(kVectors / "gguf/tiny.gguf");
+  ASSERT_EQ(bytes[4], 3);
+  auto three = GgufFile::Open(Write("three.gguf", bytes));
+  bytes[4] = 2;
+  auto two = GgufFile::Open(Write("two.gguf", bytes));
+  ASSERT_THAT(two, IsOk());
+  EXPECT_EQ((*two)->metadata().size(), (*three)->metadata().size());
+  for (const auto& [name, tensor] : (*three)->tensors())
+    EXPECT_TRUE(at::equal(*(*two)->Dequantize(name), *(*three)->Dequantize(name))) << name;
 }
 
 TEST_F(GgufTest, ReadsMetadataOfEveryKind) {

@@ -108,6 +108,39 @@ TEST_F(ModelFolderTest, GptqCheckpointsOfEveryWidthDequantize) {
       }
 }
 
+// Bytes of base64 text as a tensor of that dtype and shape.
+at::Tensor Decoded(const json& entry, at::ScalarType dtype) {
+  const std::string kAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string bytes;
+  uint32_t bits = 0;
+  int count = 0;
+  for (char c : entry.at("data").get<std::string>()) {
+    const size_t value = kAlphabet.find(c);
+    if (value == std::string::npos) break;
+    bits = bits << 6 | static_cast<uint32_t>(value);
+    count += 6;
+    if (count >= 8) bytes += static_cast<char>(bits >> (count -= 8) & 0xFF);
+  }
+  return at::from_blob(bytes.data(), entry.at("shape").get<std::vector<int64_t>>(), dtype).clone();
+}
+
+// Goal: checkpoints as gptqmodel packs them, v1 and v2, inputs in order and by activation.  Oracle: its own weights, which it
+// rounds to float16 once (tests/vectors/gptq/make_vectors.py).
+TEST_F(ModelFolderTest, GptqWeightsEqualGptqmodels) {
+  const json vectors =
+      json::parse(*ReadFile(std::filesystem::path(REFINERY_SOURCE_DIR) / "tests/vectors/gptq/dequantized.json"));
+  ASSERT_EQ(vectors["layers"].size(), 8u);
+  for (const json& layer : vectors["layers"]) {
+    SCOPED_TRACE(Join(layer["bits"].get<int>(), " bits, ", layer["checkpoint_format"].get<std::string>()));
+    GptqTensors tensors{.qweight = Decoded(layer["qweight"], at::kInt), .qzeros = Decoded(layer["qzeros"], at::kInt),
+                        .scales = Decoded(layer["scales"], at::kHalf), .g_idx = Decoded(layer["g_idx"], at::kInt)};
+    auto weight = DequantizeGptq(tensors, {.bits = layer["bits"], .group_size = layer["group_size"],
+                                           .zeros_minus_one = layer["checkpoint_format"] == "gptq"});
+    ASSERT_THAT(weight, IsOk());
+    EXPECT_TRUE(at::equal(weight->to(at::kHalf), Decoded(layer["weight"], at::kHalf)));
+  }
+}
+
 TEST_F(ModelFolderTest, ContradictoryGptqTensorsAreRefused) {
   auto status = [](const std::function<void(Example&)>& change) {
     Example e = MakeExample(4, true, false);

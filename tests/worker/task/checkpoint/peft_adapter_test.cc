@@ -73,7 +73,8 @@ TEST_F(PeftAdapterTest, RsLoraKeepsItsScale) {
 
 TEST_F(PeftAdapterTest, RefusesWhatIsNotPlainLora) {
   const std::map<const char*, json> changes = {{"use_dora", true}, {"bias", "all"}, {"peft_type", "IA3"},
-                                               {"rank_pattern", {{"q_proj", 2}}}, {"modules_to_save", {"lm_head"}},
+                                               {"rank_pattern", {{"q_proj|k_proj", 2}}}, {"modules_to_save", {"lm_head"}},
+                                               {"alpha_pattern", {{"q_proj", "x"}}}, {"lora_bias", true},
                                                {"r", 0}, {"lora_alpha", "x"}};
   for (const auto& [key, value] : changes)
     EXPECT_THAT(LoadWith(key, value), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("adapter_config.json")))
@@ -89,6 +90,63 @@ TEST_F(PeftAdapterTest, RefusesWhatIsNotPlainLora) {
   EXPECT_THAT(LoadPeftAdapter(folder_), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("m lacks lora_B")));
   EXPECT_THAT(LoadPeftAdapter(folder_ / "none"),
               StatusIs(absl::StatusCode::kNotFound, HasSubstr("adapter_config.json")));
+}
+
+// The effect of a module: scale * B A, in float64.
+at::Tensor Effect(const PeftAdapter& adapter, const std::string& module) {
+  const LoraPair& pair = adapter.pairs.at(module);
+  return adapter.scale() * at::mm(pair.b.to(at::kDouble), pair.a.to(at::kDouble));
+}
+
+// Goal: ranks and alphas by module as in PEFT: the first key that is the end of the name counts.  Oracle: alpha / rank * B A.
+TEST_F(PeftAdapterTest, PatternsGiveModulesTheirOwnScale) {
+  const std::string zero = "model.layers.0.self_attn.q_proj", one = "model.layers.1.self_attn.q_proj";
+  PeftAdapter plain = Example();
+  plain.pairs[one] = {at::randn({2, 12}), at::randn({6, 2})};
+  ASSERT_THAT(SavePeftAdapter(plain, folder_), IsOk());
+  auto config = nlohmann::ordered_json::parse(*ReadFile(folder_ / "adapter_config.json"));
+  EXPECT_EQ(config["rank_pattern"], (json{{one, 2}}));  // saved so that PEFT finds the same scale
+  EXPECT_EQ(config["alpha_pattern"], (json{{one, 4.0}}));
+  auto again = LoadPeftAdapter(folder_);
+  ASSERT_THAT(again, IsOk());
+  for (const std::string& module : {zero, one}) EXPECT_TRUE(at::allclose(Effect(*again, module), Effect(plain, module), 1e-6, 1e-6));
+
+  config["rank_pattern"] = {{"layers.1.self_attn.q_proj", 2}};
+  config["alpha_pattern"] = {{"proj", 1000}, {"^layers.0.self_attn.q_proj", 1000}, {"1.self_attn.q_proj", 3}, {"q_proj", 5}};
+  Write("adapter_config.json", config.dump());
+  again = LoadPeftAdapter(folder_);
+  ASSERT_THAT(again, IsOk());
+  const auto expected = [&](const std::string& module, double scale) {
+    return scale * at::mm(plain.pairs[module].b.to(at::kDouble), plain.pairs[module].a.to(at::kDouble));
+  };
+  EXPECT_TRUE(at::allclose(Effect(*again, zero), expected(zero, 5.0 / 4), 1e-6, 1e-6));
+  EXPECT_TRUE(at::allclose(Effect(*again, one), expected(one, 3.0 / 2), 1e-6, 1e-6));
+  config["use_rslora"] = true;
+  Write("adapter_config.json", config.dump());
+  EXPECT_THAT(LoadPeftAdapter(folder_), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("use_rslora")));
+}
+
+// Goal: a stack has the effect of the sum.  Oracle: the sum in float64.
+TEST_F(PeftAdapterTest, StacksAddUp) {
+  PeftAdapter first = Example(), second = Example(), third = Example();
+  second.rank = 2, second.lora_alpha = 3;
+  second.pairs = {{"model.layers.1.self_attn.q_proj", {at::randn({2, 12}), at::randn({6, 2})}},
+                  {"model.layers.1.mlp.up_proj", {at::randn({2, 12}), at::randn({9, 2})}}};
+  auto stack = StackAdapters({first, second, third});
+  ASSERT_THAT(stack, IsOk());
+  EXPECT_EQ(stack->pairs.size(), 3u);
+  EXPECT_EQ(stack->pairs["model.layers.1.self_attn.q_proj"].a.size(0), 10);
+  for (const auto& [module, pair] : stack->pairs) {
+    at::Tensor sum = at::zeros({pair.b.size(0), 12}, at::kDouble);
+    for (const PeftAdapter* adapter : {&first, &second, &third})
+      if (adapter->pairs.count(module) != 0) sum += Effect(*adapter, module);
+    EXPECT_TRUE(at::allclose(Effect(*stack, module), sum, 1e-5, 1e-5)) << module;
+  }
+  EXPECT_EQ(StackAdapters({second})->lora_alpha, 3);
+  second.pairs["model.layers.0.self_attn.q_proj"] = {at::randn({2, 13}), at::randn({6, 2})};
+  EXPECT_THAT(StackAdapters({first, second}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("model.layers.0.self_attn.q_proj")));
+  EXPECT_THAT(StackAdapters({}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("no adapter")));
 }
 
 // [[1, 2], [3, 4]] + 0.5 * [1, -2]^T [4, 6] = [[3, 5], [-1, -2]], exact in every dtype.

@@ -3,6 +3,8 @@
 //
 #include "worker/task/checkpoint/safetensors.h"
 
+#include <fstream>
+
 #include "tests/support/status_matchers.h"
 #include "tests/worker/task/checkpoint/folder_fixture.h"
 
@@ -73,6 +75,36 @@ TEST_F(SafetensorsTest, TensorsOutliveTheFileObject) {
   }
   std::filesystem::remove(path);
   EXPECT_EQ(kept.sum().item<double>(), 3000.0);
+}
+
+// Resident memory of this process that maps files, in KiB.
+int64_t MappedKib() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("RssFile:")) return std::stoll(line.substr(8));
+  return -1;
+}
+
+// Goal: who reads a file tensor by tensor never holds it whole.  Oracle: the kernel's own count of mapped pages.
+TEST_F(SafetensorsTest, PagesGoWithTheLastTensorOverThem) {
+  constexpr int64_t kMib = 1 << 20;
+  std::filesystem::path path = folder_ / "m.safetensors";
+  ASSERT_THAT(WriteSafetensors(path, {{"a", at::ones({16 * kMib}, at::kByte)}, {"b", at::ones({16 * kMib}, at::kByte)}}), IsOk());
+  auto file = SafetensorsFile::Open(path);
+  ASSERT_THAT(file, IsOk());
+  const int64_t before = MappedKib();
+  ASSERT_GE(before, 0);
+  at::Tensor kept = *(*file)->Get("a");
+  EXPECT_EQ(kept.sum().item<int64_t>(), 16 * kMib);
+  EXPECT_GT(MappedKib() - before, 15 * 1024);
+  EXPECT_EQ((*file)->Get("b")->sum().item<int64_t>(), 16 * kMib);
+  EXPECT_LT(MappedKib() - before, 18 * 1024) << "b's pages stayed";
+  at::Tensor alias = kept.slice(0, 5);
+  kept = at::Tensor();
+  EXPECT_GT(MappedKib() - before, 15 * 1024) << "a's pages went while a tensor over them was alive";
+  alias = at::Tensor();
+  EXPECT_LT(MappedKib() - before, 3 * 1024);
+  EXPECT_EQ((*file)->Get("a")->sum().item<int64_t>(), 16 * kMib) << "pages come back";
 }
 
 TEST_F(SafetensorsTest, RefusesWhatTheFormatForbids) {

@@ -118,7 +118,20 @@ TEST(CausalLmTest, WindowsPerLayerAreRefusedStepByStep) {
   EXPECT_NO_THROW(model->MakeRotary(std::vector<int64_t>{3}));
 }
 
-TEST(CausalLmTest, Stories260KLogitsEqualTransformers) {
+// The pieces of a vocabulary in llama2.c's format: int32 longest; then for each piece a float score, an int32 length, the bytes.
+std::vector<std::string> Llama2cPieces(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<std::string> pieces;
+  int32_t number = 0, length = 0;
+  file.read(reinterpret_cast<char*>(&number), 4);
+  while (file.read(reinterpret_cast<char*>(&number), 4) && file.read(reinterpret_cast<char*>(&length), 4)) {
+    pieces.emplace_back(static_cast<size_t>(length), '\0');
+    file.read(pieces.back().data(), length);
+  }
+  return pieces;
+}
+
+TEST(CausalLmTest, Stories260KLogitsAndStoryEqualTransformers) {
   if (StoriesFolder().empty()) GTEST_SKIP() << "../shared/data/models/stories260K is absent";
   const c10::InferenceMode inference;
   const auto model = StoriesModel(at::kFloat);
@@ -132,7 +145,16 @@ TEST(CausalLmTest, Stories260KLogitsEqualTransformers) {
     EXPECT_LT(MaxDifference(first[t].narrow(0, 0, 8), Doubles(golden["logits_first8"][static_cast<size_t>(t)])), 1e-4);
   }
   const at::Tensor greedy = logits.argmax(1);
-  for (size_t t = 0; t + 1 < ids.size(); ++t) EXPECT_EQ(greedy[static_cast<int64_t>(t)].item<int64_t>(), ids[t + 1]);
+  ASSERT_EQ(ids.size(), 201u);
+  const std::vector<std::string> pieces = Llama2cPieces(StoriesFolder() + "/tok512.bin");
+  ASSERT_EQ(pieces.size(), 512u);
+  std::string story;
+  for (size_t t = 0; t + 1 < ids.size(); ++t) {
+    const int64_t next = greedy[static_cast<int64_t>(t)].item<int64_t>();
+    EXPECT_EQ(next, ids[t + 1]) << t;
+    story += pieces[static_cast<size_t>(next)];
+  }
+  EXPECT_EQ(story, golden["text"].get<std::string>());
 }
 
 // A full set of factors for a model, rank 4, drawn with a fixed seed.
@@ -204,6 +226,32 @@ TEST(CausalLmTest, MergedEqualsAttached) {
   const at::Tensor a = attached->Logits(attached->Hidden(batch)), b = merged->Logits(merged->Hidden(batch));
   EXPECT_LT(MaxDifference(a, b), 1e-4);
   EXPECT_GT(MaxDifference(a, before), 0.1);
+}
+
+// Goal: several adapters act together.  Method: a stack attached and a stack merged, against the sum of both merged in float64.
+TEST(CausalLmTest, StackedAdaptersAddUp) {
+  const c10::InferenceMode inference;
+  const json vectors = TinyVectors("qwen3");
+  const auto attached = TinyModel(vectors, at::kFloat), merged = TinyModel(vectors, at::kFloat), oracle = TinyModel(vectors, at::kDouble);
+  checkpoint::PeftAdapter first = RandomAdapter(*attached), second = RandomAdapter(*attached);
+  second.lora_alpha = 3;
+  for (auto& [module, pair] : second.pairs) pair.a = pair.a.flip(1).contiguous();
+  for (const checkpoint::PeftAdapter* adapter : {&first, &second}) {
+    for (const auto& [module, pair] : adapter->pairs) {
+      oracle->FindLinear(module)->weight += adapter->scale() * at::mm(pair.b.to(at::kDouble), pair.a.to(at::kDouble));
+    }
+  }
+  const StatusOr<checkpoint::PeftAdapter> stack = checkpoint::StackAdapters({first, second});
+  ASSERT_TRUE(stack.ok()) << stack.status();
+  ASSERT_TRUE(attached->AttachAdapter(*stack).ok());
+  ASSERT_TRUE(merged->MergeAdapter(*stack).ok());
+  const PackedBatch batch = Pack({{1, 5, 9, 33, 60}});
+  const at::Tensor expected = oracle->Logits(oracle->Hidden(batch));
+  EXPECT_LT(MaxDifference(attached->Logits(attached->Hidden(batch)), expected), 1e-3);
+  EXPECT_LT(MaxDifference(merged->Logits(merged->Hidden(batch)), expected), 1e-3);
+  const Status again = attached->AttachAdapter(first);
+  EXPECT_EQ(again.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(Message(again), HasSubstr("stack"));
 }
 
 TEST(CausalLmTest, WrongAdaptersAndWeightsAreNamed) {

@@ -149,6 +149,10 @@ Status Evaluate(const EvaluateSpec& spec, TaskContext& context) {
     RF_RETURN_IF_ERROR(RecordBenchmark(benchmark, *result, recorder));
   }
   RF_RETURN_IF_ERROR(MeasureSize(*lm, recorder));
+  if (spec.latency_tokens > 0 && context.HasInput("quantized") && lm->device().is_cpu() && lm->dtype() == at::kBFloat16) {
+    RF_ASSIGN_OR_RETURN(const quantize::QuantizedModel quantized, quantize::LoadQuantized(context.inputs / "quantized"));
+    quantize::PackQuantized(*lm, quantized);
+  }
   if (spec.latency_tokens > 0)
     recorder.Add({.name = "ms_per_token",
                   .value = generate::MillisecondsPerToken(*lm, kLatencyPrompt, spec.latency_tokens),

@@ -84,6 +84,7 @@ RF_BF16_TARGET void PairProduct(const ProductArguments<Bf16>& a, int64_t begin, 
   for (int64_t n = begin; n < end; n += kPanel) {
     const int64_t count = std::min(kPanel, end - n);
     switch (a.rows) {
+      case 0: return;
       case 1: Panel<1, 1, false>(a, 0, n, count); continue;
       case 2: Panel<2, 1, false>(a, 0, n, count); continue;
       case 3: Panel<3, 1, false>(a, 0, n, count); continue;

@@ -182,6 +182,9 @@ StatusOr<Linear*> CausalLm::AdaptedLinear(const std::string& module, const check
     return InvalidArgument("the adapter names '", module, "', which is not a linear layer of this model (layers are named like '",
                            layers.front().q.name, "')");
   }
+  if (linear->packed != nullptr) {
+    return InvalidArgument("the adapter names '", module, "', whose weight is packed; load the model without keep_packed to adapt it");
+  }
   if (pair.a.dim() != 2 || pair.b.dim() != 2 || pair.a.size(1) != linear->weight.size(1) ||
       pair.b.size(0) != linear->weight.size(0) || pair.a.size(0) != pair.b.size(1)) {
     return InvalidArgument("the adapter's factors for '", module, "' have shapes ", Shape(pair.a.sizes()), " and ",

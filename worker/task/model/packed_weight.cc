@@ -21,17 +21,27 @@ bool PackedWeight::Takes(const checkpoint::GptqTensors& tensors, const checkpoin
 StatusOr<std::shared_ptr<const PackedWeight>> PackedWeight::Pack(const checkpoint::GptqTensors& tensors,
                                                                  const checkpoint::GptqFormat& format, WeightArena& arena) {
   RF_ASSIGN_OR_RETURN(const checkpoint::GptqCodes unpacked, checkpoint::UnpackGptq(tensors, format));
-  auto packed = std::make_shared<PackedWeight>();
-  packed->outputs = unpacked.codes.size(0);
-  packed->inputs = unpacked.codes.size(1);
-  packed->bits = format.bits;
-  packed->group_size = format.group_size > 0 ? format.group_size : (packed->inputs + kChunk - 1) / kChunk * kChunk;
-  packed->scales = arena.Empty({packed->outputs, packed->groups()}, at::kHalf).copy_(tensors.scales.t());
   const at::Tensor offsets = (int64_t{1} << (format.bits - 1)) - unpacked.zeros.to(at::kFloat);
-  if (!offsets.eq(0).all().item<bool>()) packed->offsets = offsets.contiguous();
+  const int64_t inputs = unpacked.codes.size(1);
+  return FromCodes(unpacked.codes, tensors.scales.t(), offsets.eq(0).all().item<bool>() ? at::Tensor() : offsets, format.bits,
+                   format.group_size > 0 ? format.group_size : (inputs + kChunk - 1) / kChunk * kChunk, arena);
+}
+
+std::shared_ptr<const PackedWeight> PackedWeight::FromCodes(const at::Tensor& codes, const at::Tensor& scales,
+                                                            const at::Tensor& offsets, int64_t bits, int64_t group_size,
+                                                            WeightArena& arena) {
+  TORCH_CHECK(group_size % kGroupUnit == 0, "groups of ", group_size, " inputs cannot be packed");
+  auto packed = std::make_shared<PackedWeight>();
+  packed->outputs = codes.size(0);
+  packed->inputs = codes.size(1);
+  packed->bits = bits;
+  packed->group_size = group_size;
+  packed->scales = arena.Empty({packed->outputs, packed->groups()}, at::kHalf).copy_(scales);
+  if (offsets.defined()) packed->offsets = offsets.contiguous();
   const int64_t inputs = packed->inputs, chunks = packed->chunks(), planes = packed->planes();
   packed->codes = arena.Empty({packed->outputs, chunks * planes * kPlaneBytes}, at::kByte).zero_();
-  const uint8_t* from = unpacked.codes.const_data_ptr<uint8_t>();
+  const at::Tensor source = codes.contiguous();
+  const uint8_t* from = source.const_data_ptr<uint8_t>();
   uint8_t* to = packed->codes.data_ptr<uint8_t>();
   at::parallel_for(0, packed->outputs, 16, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {

@@ -41,6 +41,9 @@ struct PackedWeight {
 
   // Whether the layout can hold it: inputs in order of their groups, groups of a multiple of 32 inputs.
   static bool Takes(const checkpoint::GptqTensors& tensors, const checkpoint::GptqFormat& format);
+  // codes [out, in] uint8, scales [out, groups], offsets [out, groups] or undefined; group_size a multiple of kGroupUnit.
+  static std::shared_ptr<const PackedWeight> FromCodes(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& offsets,
+                                                       int64_t bits, int64_t group_size, WeightArena& arena);
   static StatusOr<std::shared_ptr<const PackedWeight>> Pack(const checkpoint::GptqTensors& tensors,
                                                             const checkpoint::GptqFormat& format, WeightArena& arena);
 };

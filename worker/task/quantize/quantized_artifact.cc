@@ -138,6 +138,18 @@ Status ApplyQuantized(model::CausalLm& model, const QuantizedModel& quantized) {
   return absl::OkStatus();
 }
 
+void PackQuantized(model::CausalLm& model, const QuantizedModel& quantized) {
+  model::WeightArena arena;
+  for (model::DecoderLayer& layer : model.layers) {
+    for (model::Linear* linear : layer.Linears()) {
+      const QuantizedLinear& q = quantized.linears.at(linear->name);
+      if (q.group_size % model::PackedWeight::kGroupUnit != 0) continue;
+      linear->packed = model::PackedWeight::FromCodes(q.codes, q.scales, {}, q.bits, q.group_size, arena);
+      linear->weight.reset();
+    }
+  }
+}
+
 std::string CalibrationDigest(const std::vector<std::vector<int32_t>>& sequences) {
   Sha256 hash;
   std::string bytes;

@@ -32,6 +32,10 @@ StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder);
 // Replaces the weight of every linear layer by its dequantized one. INVALID_ARGUMENT when modules or shapes differ.
 Status ApplyQuantized(model::CausalLm& model, const QuantizedModel& quantized);
 
+// Makes a model that has had ApplyQuantized decode from packed codes (model/packed_weight.h), where their form allows: to time
+// what a low-bit runtime reaches. Its dequantized weights are let go.
+void PackQuantized(model::CausalLm& model, const QuantizedModel& quantized);
+
 // The four tensors of one module in any GPTQ v1 file, checked and unpacked.
 StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& file, const std::string& module, int64_t bits,
                                            int64_t group_size);

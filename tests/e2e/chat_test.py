@@ -30,7 +30,7 @@ def check_pipe(refinery):
     assert given.stdout == piped.stdout, (given.stdout, piped.stdout)
     assert re.search(r"answer \d+ tokens, [\d.]+ tokens/s", given.stderr), given.stderr
     assert "tokens/s" not in given.stdout and "tokens/s" not in piped.stderr
-    drawn = [run(refinery, MODEL, "--threads", "1", "--temperature", "1.5", "--seed", seed, "--max-new-tokens", "16", "--prompt", "Tell me a story.")
+    drawn = [run(refinery, MODEL, "--temperature", "1.5", "--seed", seed, "--max-new-tokens", "16", "--prompt", "Tell me a story.")
              for seed in ("3", "3", "4")]
     assert drawn[0].stdout == drawn[1].stdout != drawn[2].stdout, [d.stdout for d in drawn]
     assert "[cut after 16 tokens" in drawn[0].stderr, drawn[0].stderr

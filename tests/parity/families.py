@@ -60,8 +60,7 @@ TINY = {
     "Qwen2": ("Qwen2", rope("default", 1000000.0)),
     "Qwen2.5, tied": ("Qwen2", dict(tie_word_embeddings=True, **rope("default", 1000000.0)), dict(shards="40KB")),
     "Qwen2, window on every layer": ("Qwen2", dict(use_sliding_window=True, sliding_window=20, max_window_layers=0)),
-    "Qwen2, window from layer 1": ("Qwen2", dict(use_sliding_window=True, sliding_window=20, max_window_layers=1),
-                                   dict(logits_only="the decoder knows one window for all layers")),
+    "Qwen2, window from layer 1": ("Qwen2", dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
     "Qwen3": ("Qwen3", dict(head_dim=32, tie_word_embeddings=True, **rope("default", 1000000.0))),
     "Qwen3, biases, untied": ("Qwen3", dict(head_dim=16, attention_bias=True)),
 }

@@ -122,7 +122,7 @@ void CpuForward<T>::MemberLayer(size_t index, int member) {
   }
   turn = Meet(Turns(index, kAttend), {});
   if (!lone_) {
-    const Share mine = ShareOf(Tokens(), member, team_->size());
+    const Share mine = PrepareShare(member);
     for (int64_t t = mine.begin; t < mine.end; ++t) Prepare(layer, index, t);
     team_->Barrier();
   }

@@ -105,6 +105,17 @@ at::Tensor CpuForward<T>::Step(const StepBatch& batch) {
 }
 
 template <typename T>
+Share CpuForward<T>::PrepareShare(int member) const {
+  const auto whole_pairs = [&](int64_t border) {
+    if (border <= 0 || border >= Tokens()) return border;
+    const Token &before = tokens_[static_cast<size_t>(border - 1)], &after = tokens_[static_cast<size_t>(border)];
+    return after.slot == before.slot && after.position % 2 == 1 ? border + 1 : border;
+  };
+  const Share share = ShareOf(Tokens(), member, team_->size());
+  return {whole_pairs(share.begin), whole_pairs(share.end)};
+}
+
+template <typename T>
 void CpuForward<T>::PrepareHead(const model::DecoderLayer& layer, size_t index, int64_t t, int64_t head) {
   const Token& token = tokens_[static_cast<size_t>(t)];
   const int64_t group = n_ / m_;
@@ -185,7 +196,7 @@ at::Tensor CpuForward<T>::StepMany(const StepBatch& batch) {
     const at::Tensor qkv = model::Project(model_->Normalize(hidden, layer.input_norm), {&layer.q, &layer.k, &layer.v});
     const at::Tensor context = at::empty({tokens, n_ * d_}, qkv.options());
     team_->Run([&](int member) {
-      const Share mine = ShareOf(tokens, member, team_->size());
+      const Share mine = PrepareShare(member);
       for (int64_t t = mine.begin; t < mine.end; ++t) {
         kernels::Widen<T>(Data<T>(qkv) + t * columns, qkv_.data() + t * columns, columns);
         if (!lone_) Prepare(layer, i, t);

@@ -90,6 +90,9 @@ class CpuForward final : public Forward {
                 int64_t end) const;
   void MultiplyQkv(const model::DecoderLayer& layer, const T* x, int64_t begin, int64_t end);
 
+  // The tokens that a member prepares. Two neighbouring positions of a slot share the cells of a pair of values, which one
+  // member has to write.
+  Share PrepareShare(int member) const;
   // Head norms and rotary embedding of token t, whose row of qkv_ is float32; its keys and values go to the cache.
   void Prepare(const model::DecoderLayer& layer, size_t index, int64_t t) {
     for (int64_t head = 0; head < m_; ++head) PrepareHead(layer, index, t, head);

@@ -31,7 +31,6 @@ Rotary CausalLm::Turned(const at::Tensor& positions, const at::Tensor& frequenci
 }
 
 Rotary CausalLm::MakeRotary(const at::Tensor& positions) const {
-  TORCH_CHECK(config_.layer_windows.empty(), "decoding step by step knows one sliding window for all layers, not one per layer");
   if (config_.rope_scaling.type != "dynamic") return Turned(positions, inverse_frequencies_);
   const at::Tensor on_cpu = positions.to(at::kCPU).contiguous();
   std::vector<at::Tensor> rows;

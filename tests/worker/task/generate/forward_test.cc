@@ -48,6 +48,9 @@ INSTANTIATE_TEST_SUITE_P(All, ForwardTest,
                                            Case{"llama_llama3_bias", at::kFloat, false, 1e-4},
                                            Case{"mistral_window", at::kFloat, false, 1e-4},
                                            Case{"mistral_window", at::kFloat, true, 1e-4},
+                                           Case{"qwen2_mixed_window", at::kFloat, false, 1e-4},
+                                           Case{"qwen3_mixed_window", at::kFloat, true, 1e-4},
+                                           Case{"qwen2_mixed_window", at::kBFloat16, false, 0.2},
                                            Case{"qwen3", at::kFloat, false, 1e-4}, Case{"qwen3", at::kDouble, true, 1e-6},
                                            Case{"llama", at::kBFloat16, false, 0.2}, Case{"qwen3", at::kBFloat16, false, 0.1},
                                            Case{"qwen3", at::kBFloat16, true, 0.1}));
@@ -122,6 +125,27 @@ TEST(ProductTest, EqualsFloat64) {
       }
     }
   }
+}
+
+// Goal: the same prompt gives the same bits every time, however the threads meet: the border between their tokens falls within a
+// pair of positions for every odd half of a length.  Oracle: the first of many runs.
+TEST(ForwardRepeatTest, ThreadsDoNotRaceForPairs) {
+  const int threads = at::get_num_threads();
+  at::set_num_threads(4);
+  const auto model = TinyModel(TinyVectors("llama"), at::kBFloat16);
+  for (int64_t length : {14, 27, 50, 70}) {
+    at::Tensor first;
+    for (int repeat = 0; repeat < 60; ++repeat) {
+      const c10::InferenceMode inference;
+      const std::unique_ptr<Forward> forward = MakeCpuForward(model);
+      forward->Reserve(1, 100);
+      StepBatch batch{.token_ids = Ids(length, 5), .runs = {{.slot = 0, .start = 0, .count = length, .wants_logits = true}}};
+      const at::Tensor logits = forward->Step(batch);
+      if (repeat == 0) first = logits;
+      ASSERT_TRUE(at::equal(logits, first)) << length << " tokens, repeat " << repeat;
+    }
+  }
+  at::set_num_threads(threads);
 }
 
 // Goal: no member passes a barrier early, over many barriers and runs.

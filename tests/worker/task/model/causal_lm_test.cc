@@ -101,21 +101,13 @@ TEST_P(TinyModelTest, GreedyTextsEqualTransformers) {
     const size_t prompt = ids.size();
     while (ids.size() < prompt + expected.size()) {
       const std::vector<int64_t> lengths = {static_cast<int64_t>(ids.size())};
-      const bool mixed = !model->config().layer_windows.empty();
-      const Rotary rotary = mixed ? model->MakeRotary(lengths) : model->MakeRotary(at::arange(lengths[0], at::kLong));
+      const Rotary rotary = model->MakeRotary(at::arange(lengths[0], at::kLong));
       at::Tensor hidden = model->Embed(at::tensor(ids, at::kLong));
       for (const DecoderLayer& layer : model->layers) hidden = model->ForwardLayer(layer, hidden, lengths, rotary);
       ids.push_back(model->Logits(model->Normalize(hidden[-1], model->final_norm)).argmax().item<int64_t>());
     }
     EXPECT_EQ(std::vector<int64_t>(ids.begin() + static_cast<int64_t>(prompt), ids.end()), expected) << i;
   }
-}
-
-// Goal: where the decoder reads one window for all layers, a model with several is refused, not run wrongly.
-TEST(CausalLmTest, WindowsPerLayerAreRefusedStepByStep) {
-  const auto model = TinyModel(TinyVectors("qwen2_mixed_window"), at::kFloat);
-  EXPECT_THROW(model->MakeRotary(at::arange(3, at::kLong)), c10::Error);
-  EXPECT_NO_THROW(model->MakeRotary(std::vector<int64_t>{3}));
 }
 
 // The pieces of a vocabulary in llama2.c's format: int32 longest; then for each piece a float score, an int32 length, the bytes.

@@ -18,9 +18,10 @@ namespace refinery::model {
 
 // Those that the decoder runs as transformers does.
 inline constexpr const char* kTinyModels[] = {"llama", "llama_llama3_bias", "llama_linear",      "mistral_window", "qwen2_yarn",
-                                              "qwen3", "mistral_null_yarn", "qwen3_yarn_mscale", "qwen2_window"};
-// Those that show more in a forward pass: sequences beyond max_position, windows of their own per layer.
-inline constexpr const char* kForwardModels[] = {"llama_dynamic", "qwen2_mixed_window", "qwen3_mixed_window"};
+                                              "qwen3", "mistral_null_yarn", "qwen3_yarn_mscale", "qwen2_window",
+                                              "qwen2_mixed_window", "qwen3_mixed_window"};
+// Those that show more in a forward pass: sequences beyond max_position.
+inline constexpr const char* kForwardModels[] = {"llama_dynamic"};
 
 // tests/vectors/model/<name>.json
 nlohmann::json TinyVectors(const std::string& name);

@@ -146,7 +146,7 @@ void CpuForward<T>::AttendTiles(size_t index, T* context, AlignedVector<float>& 
     kernels::PairAttentionItem item{.scratch = scores.data(),
                                     .head_dim = d_,
                                     .scale = 1.0f / std::sqrt(static_cast<float>(d_))};
-    for (std::atomic<int64_t>& turns = Turns(index, kAttend); turn < tiles; turn = turns.fetch_add(1)) {
+    for (std::atomic<int64_t>& turns = turns_[index]; turn < tiles; turn = turns.fetch_add(1)) {
       const Tile& tile = tiles_[static_cast<size_t>(turn)];
       if (lone_) PrepareHead(model_->layers[index], index, tile.first / group, tile.head);
       const int64_t slot = tokens_[static_cast<size_t>(tile.first / group)].slot;
@@ -169,7 +169,7 @@ void CpuForward<T>::AttendItems(size_t index, T* context, AlignedVector<float>& 
   if (paired_) return AttendTiles(index, context, scores, turn);
   const int64_t items = Tokens() * m_, group = n_ / m_;
   const float scale = 1.0f / std::sqrt(static_cast<float>(d_));
-  for (std::atomic<int64_t>& turns = Turns(index, kAttend); turn < items; turn = turns.fetch_add(1)) {
+  for (std::atomic<int64_t>& turns = turns_[index]; turn < items; turn = turns.fetch_add(1)) {
     const int64_t t = turn / m_, head = turn % m_;
     if (lone_) PrepareHead(model_->layers[index], index, t, head);
     const Token& token = tokens_[static_cast<size_t>(t)];
@@ -202,7 +202,7 @@ at::Tensor CpuForward<T>::StepMany(const StepBatch& batch) {
         if (!lone_) Prepare(layer, i, t);
       }
       team_->Barrier();
-      AttendItems(i, Data<T>(context), scores_[static_cast<size_t>(member)], Turns(i, kAttend).fetch_add(1));
+      AttendItems(i, Data<T>(context), scores_[static_cast<size_t>(member)], turns_[i].fetch_add(1));
     });
     const at::Tensor middle = hidden + layer.o(context);
     const at::Tensor gate_up = model::Project(model_->Normalize(middle, layer.post_attention_norm), {&layer.gate, &layer.up});

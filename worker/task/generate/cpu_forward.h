@@ -40,7 +40,7 @@ class CpuForward final : public Forward {
  public:
   explicit CpuForward(std::shared_ptr<const model::CausalLm> model)
       : model_(std::move(model)), config_(model_->config()), all_(at::get_num_threads()), team_(&all_),
-        turns_(static_cast<size_t>(model_->config().num_layers) * kPhases + 1) {
+        turns_(static_cast<size_t>(model_->config().num_layers)) {
     n_ = config_.num_heads;
     m_ = config_.num_kv_heads;
     d_ = config_.head_dim;
@@ -75,16 +75,14 @@ class CpuForward final : public Forward {
   at::Tensor StepFew();
   at::Tensor StepMany(const StepBatch& batch);
 
-  // Decoding. The outputs of a product go to the members in chunks, each to whoever is free; a chunk's number is a turn.
-  enum Phase { kQkv, kAttend, kO, kGateUp, kDown, kPhases };
-  std::atomic<int64_t>& Turns(size_t layer, Phase phase) { return turns_[layer * kPhases + phase]; }
+  // Decoding.
   void Member(int member, float* logits);
   void MemberLayer(size_t index, int member);
   void Head(int member, float* logits);
   // normed_[member] = norms of all tokens: cheaper to compute by every member than to wait for.
   void NormalizeAll(const at::Tensor& weight, int member);
-  // Takes the first turn of the next phase, waits for all members while that chunk's weights come, and returns the turn.
-  int64_t Meet(std::atomic<int64_t>& turns, std::initializer_list<const model::Linear*> layers);
+  // Waits for all members while the first weights of the next product come; returns the member's share of its outputs.
+  Share Meet(int member, std::initializer_list<const model::Linear*> layers);
   // Outputs [begin, end) of y [tokens, outputs] (+)= x W^T + bias.
   void Multiply(const model::Linear& linear, const T* x, float* y, int64_t y_stride, bool accumulate, int64_t begin,
                 int64_t end) const;
@@ -132,7 +130,7 @@ class CpuForward final : public Forward {
   std::vector<Tile> tiles_;                // where paired_
   std::vector<int64_t> wanted_;            // rows of tokens_ whose logits are wanted
   bool lone_ = false;                      // one token a run, one tile a (token, key-value head): no query needs another's key
-  std::vector<std::atomic<int64_t>> turns_;  // of each layer's phases, then of the head
+  std::vector<std::atomic<int64_t>> turns_;  // of each layer's attention: the next tile that nobody has
   std::vector<AlignedVector<float>> scores_;  // per member
   AlignedVector<float> hidden_, qkv_, gate_up_;
   std::vector<AlignedVector<T>> normed_;   // per member

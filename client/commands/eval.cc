@@ -1,14 +1,9 @@
 // refinery eval: scores a model on this machine, without a job. The work is done by refinery-task beside this program, which
 // this process becomes: its output, its errors, its exit code and Ctrl-C are then those of the command.
 
-#include <unistd.h>
-
-#include <cstring>
-#include <iostream>
-
 #include "client/commands/commands.h"
 #include "client/exit_code.h"
-#include "common/process.h"
+#include "client/task_program.h"
 
 namespace refinery::client {
 namespace {
@@ -50,25 +45,6 @@ std::vector<std::string> Arguments(const EvalFlags& flags, const Globals& global
   return arguments;
 }
 
-// Does not come back when the program starts.
-StatusOr<int> Become(const std::filesystem::path& program, const std::vector<std::string>& arguments) {
-  std::vector<std::string> command = {program.string()};
-  command.insert(command.end(), arguments.begin(), arguments.end());
-  std::vector<char*> pointers;
-  for (std::string& part : command) pointers.push_back(part.data());
-  pointers.push_back(nullptr);
-  std::cout << std::flush;
-  ::execv(pointers[0], pointers.data());
-  return NotFound("cannot start ", program.string(), ": ", std::strerror(errno),
-                  "; it belongs beside this program, or name it with --task-program");
-}
-
-StatusOr<int> Eval(const EvalFlags& flags, const Globals& globals) {
-  const std::filesystem::path program =
-      flags.task_program.empty() ? ProgramFolder() / "refinery-task" : std::filesystem::path(flags.task_program);
-  return Become(program, Arguments(flags, globals));
-}
-
 }  // namespace
 
 void AddEval(CLI::App& app, Globals& globals, Result& result) {
@@ -97,7 +73,7 @@ void AddEval(CLI::App& app, Globals& globals, Result& result) {
   command->add_option("--output", flags->output, "text or json")->check(CLI::IsMember({"text", "json"}));
   command->add_option("--cache", flags->cache, "cache of imported models (default ~/.cache/refinery)");
   command->add_option("--task-program", flags->task_program, "refinery-task to use (default: beside this program)");
-  command->callback([flags, &globals, &result] { result = Eval(*flags, globals); });
+  command->callback([flags, &globals, &result] { result = BecomeTaskProgram(flags->task_program, Arguments(*flags, globals)); });
 }
 
 }  // namespace refinery::client

@@ -2,8 +2,6 @@
 
 #include "worker/task/runtime/torch.h"
 
-#include <sys/resource.h>
-
 #include <cstdio>
 
 #include "common/files.h"
@@ -60,9 +58,8 @@ size_t WeightBytes(model::CausalLm& lm) {
 }
 
 void PrintMemory(model::CausalLm& lm) {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  const double weights = static_cast<double>(WeightBytes(lm)) / (1 << 20), peak = static_cast<double>(usage.ru_maxrss) / 1024;
+  const double weights = static_cast<double>(WeightBytes(lm)) / (1 << 20);
+  const double peak = static_cast<double>(runtime::PeakMemoryBytes()) / (1 << 20);
   std::printf("weights %.1f MiB, peak resident memory %.1f MiB, ratio %.3f\n", weights, peak, peak / weights);
 }
 

@@ -50,7 +50,7 @@ nlohmann::json QuantizationConfig(const quantize::QuantizedModel& quantized) {
           {"pack_dtype", "int32"},
           {"meta",
            {{"quantizer", nlohmann::json::array({Join("refinery:", REFINERY_VERSION)})},
-            {"act_group_aware", s.order_groups},
+            {"act_group_aware", s.order == quantize::ColumnOrderKind::kGroups},
             {"calibration_digest", quantized.calibration_digest},
             {"calibration_tokens", quantized.calibration_tokens}}}};
 }

@@ -56,9 +56,18 @@ QuantizedLinear RunColumns(at::Tensor transposed, const at::Tensor& factor, cons
 
 at::Tensor QuantizedLinear::Dequantize() const {
   const int64_t columns = codes.size(1);
-  at::Tensor values = codes.to(at::kFloat).sub_(static_cast<double>(int64_t{1} << (bits - 1)));
-  const at::Tensor wide = scales.to(at::kFloat).repeat_interleave(group_size, 1);
-  return values.mul_(wide.slice(1, 0, columns));
+  const auto widen = [&](const at::Tensor& of_groups) {
+    const at::Tensor values = of_groups.to(at::kFloat);
+    if (group_index.defined()) return values.index_select(1, group_index.to(values.device(), at::kLong));
+    return values.repeat_interleave(group_size, 1).slice(1, 0, columns);
+  };
+  at::Tensor values = codes.to(at::kFloat);
+  if (zeros.defined()) {
+    values.sub_(widen(zeros));
+  } else {
+    values.sub_(static_cast<double>(int64_t{1} << (bits - 1)));
+  }
+  return values.mul_(widen(scales));
 }
 
 QuantizedLinear RoundToNearest(const at::Tensor& weight, const GptqSettings& settings) {

@@ -16,11 +16,28 @@
 
 namespace refinery::quantize {
 
+// How a group's weights become scale * (code - zero), code in 0 .. 2^bits - 1 (grid.h).
+enum class Grid {
+  kFullRange,   // zero 2^(bits-1), signed scale: the longer side of the grid lies where the weights need it
+  kSymmetric,   // zero 2^(bits-1), positive scale 2 absmax / (2^bits - 1) or a shrunken one
+  kAsymmetric,  // a zero point of each group's own
+};
+
+// The order in which columns are rounded.
+enum class ColumnOrderKind {
+  kGroups,   // groups by their largest diag H, columns within them by their own (codes and groups keep their place)
+  kNatural,  // as they stand
+  kClassic,  // act_order: all columns by descending diag H; groups are runs of that order, so group_index is permuted
+};
+
 struct GptqSettings {
   int64_t bits = 4;              // 2, 3, 4, 8
   int64_t group_size = 64;       // -1 = one group
   double damp_fraction = 0.01;   // of mean(diag H); raised by itself when the Cholesky factorisation fails
-  bool order_groups = true;      // process groups and columns within them by descending diag H (codes keep their place)
+  Grid grid = Grid::kFullRange;
+  ColumnOrderKind order = ColumnOrderKind::kGroups;
+  double alpha = 0;              // GPTAQ's: how much of the input's own error the weights make up for; 0 = off
+  int64_t smallest_zero = 1;     // asymmetric grid: GPTQ v1 cannot store a zero point of 0, v2 can
 };
 
 struct QuantizedLinear {
@@ -28,8 +45,10 @@ struct QuantizedLinear {
   at::Tensor scales;             // [out, groups] float16, may be negative (full-range symmetric grid)
   int64_t bits = 0;
   int64_t group_size = 0;        // resolved: never -1
+  at::Tensor zeros;              // [out, groups] uint8; undefined = 2^(bits-1) everywhere
+  at::Tensor group_index;        // [in] int32, the group of each column; undefined = i / group_size
 
-  // scale * (code - 2^(bits-1)), [out, in] float32.
+  // scale * (code - zero), [out, in] float32.
   at::Tensor Dequantize() const;
 };
 

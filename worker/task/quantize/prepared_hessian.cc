@@ -125,7 +125,7 @@ PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessia
   // a diagonal entry of one keeps the matrix positive definite.
   diagonal = (diagonal / mean).masked_fill_(dead, 1.0);
   h.diagonal().copy_(diagonal);
-  prepared.order = MakeColumnOrder(columns, prepared.group_size, settings.order_groups ? diagonal.const_data_ptr<float>() : nullptr);
+  prepared.order = MakeColumnOrder(columns, prepared.group_size, settings.order != ColumnOrderKind::kNatural ? diagonal.const_data_ptr<float>() : nullptr);
   if (live == 0) {
     prepared.notes.push_back("all calibration inputs are zero: rounded to nearest");
     return prepared;

@@ -30,7 +30,7 @@ void FactsFromJson(const nlohmann::json& facts, QuantizedModel* quantized) {
   facts.at("bits").get_to(quantized->settings.bits);
   facts.at("group_size").get_to(quantized->settings.group_size);
   facts.at("damp_fraction").get_to(quantized->settings.damp_fraction);
-  facts.at("order_groups").get_to(quantized->settings.order_groups);
+  quantized->settings.order = facts.at("order_groups").get<bool>() ? ColumnOrderKind::kGroups : ColumnOrderKind::kNatural;
   facts.at("calibration").at("digest").get_to(quantized->calibration_digest);
   facts.at("calibration").at("tokens").get_to(quantized->calibration_tokens);
   for (const auto& [module, entry] : facts.at("modules").items()) {
@@ -77,7 +77,7 @@ Status SaveQuantized(const QuantizedModel& quantized, const std::filesystem::pat
   const GptqSettings& s = quantized.settings;
   const nlohmann::json facts = {
       {"format", kFormat}, {"bits", s.bits}, {"group_size", s.group_size}, {"damp_fraction", s.damp_fraction},
-      {"order_groups", s.order_groups},
+      {"order_groups", s.order == ColumnOrderKind::kGroups},
       {"calibration", {{"digest", quantized.calibration_digest}, {"tokens", quantized.calibration_tokens}}},
       {"modules", std::move(modules)}};
   RF_RETURN_IF_ERROR(checkpoint::WriteSafetensors(folder / kTensorFile, tensors));

@@ -93,7 +93,9 @@ TEST(GptqTest, ObjectiveIsThatOfThePaper) {
     const Layer layer = SeededLayer(c.out, c.in, 1024, 7);
     GptqReport report;
     const QuantizedLinear ours = Gptq("layer", layer.weight, layer.hessian,
-                                      {.bits = c.bits, .group_size = c.group_size, .order_groups = c.order_groups}, &report);
+                                      {.bits = c.bits, .group_size = c.group_size,
+                                       .order = c.order_groups ? ColumnOrderKind::kGroups : ColumnOrderKind::kNatural},
+                                      &report);
     std::vector<int64_t> order(c.in);
     for (int64_t i = 0; i < c.in; ++i) order[i] = i;
     if (c.order_groups) order = GroupAwareOrder(layer.hessian, c.group_size);

@@ -3,11 +3,13 @@
 #include "worker/task/quantize/gptq.h"
 
 #include <algorithm>
+#include <functional>
 #include <utility>
 
 #include "common/status.h"
 #include "worker/task/quantize/grid.h"
 #include "worker/task/quantize/prepared_hessian.h"
+#include "worker/task/quantize/refine.h"
 
 namespace refinery::quantize {
 namespace {
@@ -20,36 +22,81 @@ void CheckSettings(const at::Tensor& weight, const GptqSettings& settings) {
               settings.group_size);
 }
 
-// The column loop over all rows. `transposed` is W^T in processing order and is consumed; `factor` U (undefined: plain
-// rounding) and `grid_weights` are in processing order too.
-QuantizedLinear RunColumns(at::Tensor transposed, const at::Tensor& factor, const at::Tensor& grid_weights, const ColumnOrder& order,
-                           int64_t bits, int64_t group_size) {
-  const int64_t columns = transposed.size(0), rows = transposed.size(1);
+// A quantized matrix while it is worked on: transposed, [columns or groups, rows], codes and groups at their original place.
+struct Columns {
+  at::Tensor codes;   // uint8
+  at::Tensor scales;  // float32, exact in float16
+  at::Tensor zeros;   // float32
+};
+
+void ForTiles(int64_t rows, const std::function<void(int64_t first_row)>& work) {
+  at::parallel_for(0, (rows + kLanes - 1) / kLanes, 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) work(tile * kLanes);
+  });
+}
+
+// The column loop over all rows. `values` is W^T in processing order and becomes its quantized form; `factor` U (undefined:
+// plain rounding) and `grid_weights` (undefined: all the same) are in processing order too.
+Columns RunColumns(at::Tensor values, const at::Tensor& factor, const at::Tensor& grid_weights, const ColumnOrder& order,
+                   const GptqSettings& settings, int64_t group_size) {
+  const int64_t columns = values.size(0), rows = values.size(1);
   const int64_t groups = (columns + group_size - 1) / group_size;
-  at::Tensor codes = at::empty({columns, rows}, at::kByte);
-  at::Tensor scales = at::empty({groups, rows}, at::kFloat);
+  Columns result{.codes = at::empty({columns, rows}, at::kByte), .scales = at::empty({groups, rows}, at::kFloat),
+                 .zeros = at::empty({groups, rows}, at::kFloat)};
   at::Tensor errors = factor.defined() ? at::empty({kMaxBlock, rows}, at::kFloat) : at::Tensor();
-  ColumnBlock block{.rows = rows, .bits = bits, .original = order.columns.data(), .group_of = order.group_of.data(),
+  ColumnBlock block{.rows = rows,
+                    .rule = {.grid = settings.grid, .bits = settings.bits, .smallest_zero = settings.smallest_zero},
+                    .original = order.columns.data(), .group_of = order.group_of.data(),
                     .fit_columns = order.fit_columns.data(),
                     .grid_weights = grid_weights.defined() ? grid_weights.const_data_ptr<float>() : nullptr,
                     .factor = factor.defined() ? factor.const_data_ptr<float>() : nullptr, .factor_stride = columns,
-                    .weight = transposed.const_data_ptr<float>(),
-                    .errors = errors.defined() ? errors.data_ptr<float>() : nullptr, .codes = codes.data_ptr<uint8_t>(),
-                    .scales = scales.data_ptr<float>()};
-  const int64_t tiles = (rows + kLanes - 1) / kLanes;
+                    .weight = values.data_ptr<float>(), .errors = errors.defined() ? errors.data_ptr<float>() : nullptr,
+                    .codes = result.codes.data_ptr<uint8_t>(), .scales = result.scales.data_ptr<float>(),
+                    .zeros = result.zeros.data_ptr<float>()};
   for (const auto& [begin, end] : order.blocks) {
     block.begin = begin;
     block.end = end;
-    at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-      for (int64_t tile = first; tile < last; ++tile) QuantizeTile(block, tile * kLanes);
-    });
+    ForTiles(rows, [&block](int64_t first_row) { QuantizeTile(block, first_row); });
     if (factor.defined() && end < columns) {  // W[:, end:] -= E U[begin:end, end:], transposed
-      at::Tensor rest = transposed.slice(0, end);
+      at::Tensor rest = values.slice(0, end);
       rest.addmm_(factor.slice(0, begin, end).slice(1, end).t(), errors.slice(0, 0, end - begin), 1, -1);
     }
   }
-  return {.codes = codes.t().contiguous(), .scales = scales.t().contiguous().to(at::kHalf), .bits = bits,
-          .group_size = group_size};
+  return result;
+}
+
+// Coordinate descent (refine.h). `errors` is wanted - quantized, transposed and in processing order, and is updated.
+void Refine(const PreparedHessian& hessian, const GptqSettings& settings, at::Tensor errors, Columns* columns) {
+  const int64_t rows = errors.size(1), n = errors.size(0);
+  at::Tensor gradient = at::empty({kMaxBlock, rows}, at::kFloat);
+  RefineBlock block{.rows = rows, .bits = settings.bits, .original = hessian.order.columns.data(),
+                    .group_of = hessian.order.group_of.data(), .fit_columns = hessian.order.fit_columns.data(),
+                    .hessian = hessian.matrix.const_data_ptr<float>(), .hessian_stride = n,
+                    .damp = static_cast<float>(hessian.damp_fraction), .gradient = gradient.const_data_ptr<float>(),
+                    .errors = errors.data_ptr<float>(), .codes = columns->codes.data_ptr<uint8_t>(),
+                    .scales = columns->scales.data_ptr<float>(), .zeros = columns->zeros.const_data_ptr<float>()};
+  for (int64_t sweep = 0; sweep < settings.refine_sweeps; ++sweep) {
+    for (const auto& [begin, end] : hessian.order.blocks) {
+      block.begin = begin;
+      block.end = end;
+      at::Tensor target = gradient.slice(0, 0, end - begin);
+      at::mm_out(target, hessian.matrix.slice(0, begin, end), errors);
+      ForTiles(rows, [&block](int64_t first_row) { RefineTile(block, first_row); });
+    }
+  }
+}
+
+QuantizedLinear Assemble(const Columns& columns, const ColumnOrder& order, const GptqSettings& settings, int64_t group_size) {
+  QuantizedLinear linear{.codes = columns.codes.t().contiguous(), .scales = columns.scales.t().contiguous().to(at::kHalf),
+                         .bits = settings.bits, .group_size = group_size};
+  if (settings.grid == Grid::kAsymmetric) linear.zeros = columns.zeros.t().contiguous().to(at::kByte);
+  if (!order.natural_groups) {
+    linear.group_index = at::empty({static_cast<int64_t>(order.columns.size())}, at::kInt);
+    for (size_t i = 0; i < order.columns.size(); ++i) {
+      linear.group_index.data_ptr<int32_t>()[order.columns[i]] = static_cast<int32_t>(order.group_of[i]);
+    }
+  }
+  return linear;
 }
 
 }  // namespace
@@ -74,14 +121,16 @@ QuantizedLinear RoundToNearest(const at::Tensor& weight, const GptqSettings& set
   CheckSettings(weight, settings);
   const at::NoGradGuard no_grad;
   const int64_t group_size = ResolveGroupSize(settings.group_size, weight.size(1));
-  const ColumnOrder order = MakeColumnOrder(weight.size(1), group_size, nullptr);
-  return RunColumns(weight.detach().cpu().to(at::kFloat).t().contiguous(), {}, {}, order, settings.bits, group_size);
+  const ColumnOrder order = MakeColumnOrder(weight.size(1), group_size, ColumnOrderKind::kNatural, nullptr);
+  const at::Tensor values = weight.detach().cpu().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).t().contiguous();
+  return Assemble(RunColumns(values, {}, {}, order, settings, group_size), order, settings, group_size);
 }
 
 QuantizedLinear GptqPrepared(const std::string& name, const at::Tensor& weight, const PreparedHessian& hessian,
                              const GptqSettings& settings, GptqReport* report) {
   CheckSettings(weight, settings);
-  const int64_t columns = static_cast<int64_t>(hessian.order.columns.size());
+  const ColumnOrder& order = hessian.order;
+  const int64_t columns = static_cast<int64_t>(order.columns.size());
   TORCH_CHECK(weight.size(1) == columns, name, ": a Hessian of ", columns, " columns does not fit weight ", weight.sizes());
   const at::NoGradGuard no_grad;
   GptqReport unused;
@@ -89,29 +138,39 @@ QuantizedLinear GptqPrepared(const std::string& name, const at::Tensor& weight, 
   *report = {.damp_fraction = hessian.damp_fraction, .dead_columns = hessian.dead_columns, .notes = hessian.notes};
   const at::Tensor w = weight.detach().to(at::kFloat).cpu();
   CheckFinite(name, "weight", w);
-
-  QuantizedLinear nearest = RoundToNearest(w, settings);
-  const double total = hessian.RowErrors(w).sum().item<double>();
-  const at::Tensor nearest_errors = hessian.RowErrors(w - nearest.Dequantize());
+  at::Tensor wanted = w.index_select(1, at::tensor(order.columns, at::kLong)).t().contiguous();  // [in, out]
+  const double total = hessian.RowErrors(wanted).sum().item<double>();
   const auto relative = [total](const at::Tensor& errors) { return total > 0 ? errors.sum().item<double>() / total : 0.0; };
-  report->relative_error = report->rtn_relative_error = relative(nearest_errors);
-  if (!hessian.factor.defined()) return nearest;
 
-  const at::Tensor index = at::tensor(hessian.order.columns, at::kLong);
-  QuantizedLinear result = RunColumns(w.t().index_select(0, index).contiguous(), hessian.factor, hessian.grid_weights,
-                                      hessian.order, settings.bits, hessian.group_size);
+  at::Tensor values = wanted.clone();
+  const Columns nearest = RunColumns(values, {}, {}, order, settings, hessian.group_size);
+  if (!hessian.factor.defined()) {
+    report->relative_error = report->rtn_relative_error = relative(hessian.RowErrors(wanted - values));
+    return Assemble(nearest, order, settings, hessian.group_size);
+  }
+  if (settings.alpha != 0 && hessian.cross.defined()) {  // W^T + alpha H^-1 D^T W^T
+    const at::Tensor& u = hessian.factor;
+    wanted = wanted.add(at::mm(u.t(), at::mm(u, at::mm(hessian.cross.t(), wanted))), settings.alpha);
+  }
+  const at::Tensor nearest_errors = hessian.RowErrors(at::sub_out(values, wanted, values));
+  report->rtn_relative_error = relative(nearest_errors);
+
+  values.copy_(wanted);
+  Columns result = RunColumns(values, hessian.factor, hessian.grid_weights, order, settings, hessian.group_size);
+  at::sub_out(values, wanted, values);
+  Refine(hessian, settings, values, &result);
   // The greedy loop can lose to plain rounding in a row; rows are independent, so the better of the two is kept for each.
-  const at::Tensor errors = hessian.RowErrors(w - result.Dequantize());
+  const at::Tensor errors = hessian.RowErrors(values);
   const at::Tensor worse = errors.gt(nearest_errors);
   const int64_t kept = worse.sum().item<int64_t>();
   if (kept > 0) {
-    const at::Tensor rows = worse.nonzero().squeeze(1);
-    result.codes.index_copy_(0, rows, nearest.codes.index_select(0, rows));
-    result.scales.index_copy_(0, rows, nearest.scales.index_select(0, rows));
+    result.codes = at::where(worse, nearest.codes, result.codes);
+    result.scales = at::where(worse, nearest.scales, result.scales);
+    result.zeros = at::where(worse, nearest.zeros, result.zeros);
     report->notes.push_back(Join("plain rounding kept for ", kept, " of ", w.size(0), " rows, where it was better"));
   }
   report->relative_error = relative(at::minimum(errors, nearest_errors));
-  return result;
+  return Assemble(result, order, settings, hessian.group_size);
 }
 
 QuantizedLinear Gptq(const std::string& name, const at::Tensor& weight, const at::Tensor& hessian,

@@ -4,7 +4,7 @@
 // and scales that minimise tr((W - Q) H (W - Q)^T) greedily, column by column.
 //
 // Shapes: W [out, in], H [in, in], group size g along `in` (the last group may be ragged), codes [out, in] unsigned
-// 0 .. 2^bits - 1, scales [out, groups] float16, zero point 2^(bits-1) for every group (symmetric).
+// 0 .. 2^bits - 1, scales [out, groups] float16, zero points [out, groups] on an asymmetric grid (else 2^(bits-1) everywhere).
 // Dtypes: computed in float32.  Scales are rounded to float16 before the codes, so the codes are exact for the stored scale.
 
 #pragma once
@@ -14,14 +14,9 @@
 #include <string>
 #include <vector>
 
-namespace refinery::quantize {
+#include "worker/task/quantize/grid.h"
 
-// How a group's weights become scale * (code - zero), code in 0 .. 2^bits - 1 (grid.h).
-enum class Grid {
-  kFullRange,   // zero 2^(bits-1), signed scale: the longer side of the grid lies where the weights need it
-  kSymmetric,   // zero 2^(bits-1), positive scale 2 absmax / (2^bits - 1) or a shrunken one
-  kAsymmetric,  // a zero point of each group's own
-};
+namespace refinery::quantize {
 
 // The order in which columns are rounded.
 enum class ColumnOrderKind {
@@ -38,6 +33,7 @@ struct GptqSettings {
   ColumnOrderKind order = ColumnOrderKind::kGroups;
   double alpha = 0;              // GPTAQ's: how much of the input's own error the weights make up for; 0 = off
   int64_t smallest_zero = 1;     // asymmetric grid: GPTQ v1 cannot store a zero point of 0, v2 can
+  int64_t refine_sweeps = 2;     // coordinate descent over codes and scales afterwards (refine.h); 0 = the paper's GPTQ
 };
 
 struct QuantizedLinear {
@@ -65,7 +61,7 @@ struct GptqReport {
 QuantizedLinear Gptq(const std::string& name, const at::Tensor& weight, const at::Tensor& hessian,
                      const GptqSettings& settings, GptqReport* report);
 
-// Round to nearest on the same grid rule (no Hessian).
+// Round to nearest on the same grid rule (no Hessian); groups are runs of columns, whatever the order.
 QuantizedLinear RoundToNearest(const at::Tensor& weight, const GptqSettings& settings);
 
 // Codes packed as GPTQ v1 stores them: qweight [in*bits/32, out] int32 along `in`, qzeros [groups, out*bits/32] int32 holding
@@ -74,6 +70,8 @@ struct PackedGptq {
   at::Tensor qweight, qzeros, scales, g_idx;
 };
 PackedGptq PackGptqV1(const QuantizedLinear& linear);
+// The same as GPTQ v2 stores it: qzeros hold the zero points themselves.
+PackedGptq PackGptqV2(const QuantizedLinear& linear);
 // What is wrong with packed tensors that claim these settings (types, shapes, zero points, g_idx); empty if nothing is.
 std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_size);
 // The inverse, for checking what was written. c10::Error if PackedProblem is not empty.

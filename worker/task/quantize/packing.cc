@@ -65,19 +65,31 @@ at::Tensor UnpackRuns(const at::Tensor& packed, int64_t bits) {
 
 }  // namespace
 
-PackedGptq PackGptqV1(const QuantizedLinear& linear) {
+namespace {
+
+// `offset`: what is added to a zero point before it is stored.
+PackedGptq Pack(const QuantizedLinear& linear, int64_t offset) {
   const int64_t out = linear.codes.size(0), in = linear.codes.size(1), groups = linear.scales.size(1);
-  TORCH_CHECK(out % kRun == 0 && in % kRun == 0, "GPTQ v1 packs multiples of 32, not ", linear.codes.sizes());
+  TORCH_CHECK(out % kRun == 0 && in % kRun == 0, "GPTQ packs multiples of 32, not ", linear.codes.sizes());
+  at::Tensor zeros = at::full({out, groups}, int64_t{1} << (linear.bits - 1), at::kInt);
+  if (linear.zeros.defined()) zeros = linear.zeros.cpu().to(at::kInt);
+  zeros = zeros + offset;
+  TORCH_CHECK(zeros.min().item<int>() >= 0, "GPTQ v1 cannot store a zero point of 0");
   PackedGptq packed;
   packed.qweight = PackRuns(linear.codes.cpu().t(), linear.bits);
-  // v1 stores the zero point minus one; readers add it again.
-  const int64_t stored_zero = (int64_t{1} << (linear.bits - 1)) - 1;
-  const at::Tensor zeros = at::full({out, groups}, stored_zero, at::kByte);
   packed.qzeros = PackRuns(zeros, linear.bits).t().contiguous();
   packed.scales = linear.scales.cpu().t().to(at::kHalf).contiguous();
-  packed.g_idx = at::arange(in, at::kInt).floor_divide(linear.group_size).to(at::kInt);
+  packed.g_idx = linear.group_index.defined()
+                     ? linear.group_index.cpu().to(at::kInt).contiguous()
+                     : at::arange(in, at::kInt).floor_divide(linear.group_size).to(at::kInt);
   return packed;
 }
+
+}  // namespace
+
+PackedGptq PackGptqV1(const QuantizedLinear& linear) { return Pack(linear, -1); }
+
+PackedGptq PackGptqV2(const QuantizedLinear& linear) { return Pack(linear, 0); }
 
 std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_size) {
   if (packed.qweight.dim() != 2 || packed.qzeros.dim() != 2 || packed.scales.dim() != 2 || packed.g_idx.dim() != 1) {

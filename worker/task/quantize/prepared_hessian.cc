@@ -3,6 +3,7 @@
 #include "worker/task/quantize/prepared_hessian.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "common/status.h"
@@ -15,29 +16,42 @@ namespace {
 constexpr double kSmallestRaisedDamp = 1e-3;
 constexpr double kLargestDamp = 1024;       // by then the Hessian is its diagonal in all but name
 constexpr int64_t kFloat64Columns = 4096;   // larger factorisations run in float32
-constexpr int64_t kErrorColumns = 256;      // of one product in RowErrors
+constexpr int64_t kErrorColumns = 128;      // of one product in RowErrors
+constexpr int64_t kSmallInverse = 192;      // columns
+
+// L^-1 of a lower triangular L, by halves: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]. Half the work of solving for the identity.
+void InvertLower(const at::Tensor& lower, at::Tensor out) {
+  const int64_t n = lower.size(0);
+  if (n <= kSmallInverse) {
+    out.copy_(at::linalg_solve_triangular(lower, at::eye(n, lower.options()), /*upper=*/false));
+    return;
+  }
+  const int64_t half = n / 2;
+  const at::Tensor top = out.slice(0, 0, half).slice(1, 0, half), bottom = out.slice(0, half).slice(1, half);
+  InvertLower(lower.slice(0, 0, half).slice(1, 0, half), top);
+  InvertLower(lower.slice(0, half).slice(1, half), bottom);
+  out.slice(0, half).slice(1, 0, half).copy_(at::mm(bottom, at::mm(lower.slice(0, half).slice(1, 0, half), top)).neg_());
+}
 
 // U with H^-1 = U^T U, upper triangular. With J the reversal, J H J = L L^T gives U = J L^-1 J: one factorisation and one
-// triangular inverse instead of the paper's inverse and second Cholesky, and more accurate. Undefined if H is not positive
-// definite.
-at::Tensor InverseFactor(const at::Tensor& hessian, double damp) {
-  const int64_t n = hessian.size(0);
-  const at::ScalarType type = n <= kFloat64Columns ? at::kDouble : at::kFloat;
-  at::Tensor damped = hessian.to(type).flip({0, 1}).contiguous();
+// triangular inverse instead of the paper's inverse and second Cholesky, and more accurate. `reversed` is J H J. Undefined if
+// the damped H is not positive definite.
+at::Tensor InverseFactor(const at::Tensor& reversed, double damp) {
+  at::Tensor damped = reversed.clone();
   damped.diagonal().add_(damp);
   auto [lower, info] = at::linalg_cholesky_ex(damped);
   if (info.item<int32_t>() != 0) return {};
-  const at::Tensor identity = at::eye(n, at::TensorOptions().dtype(type).device(hessian.device()));
-  const at::Tensor inverse = at::linalg_solve_triangular(lower, identity, /*upper=*/false);
-  const at::Tensor factor = inverse.flip({0, 1}).to(at::kFloat).contiguous();
-  if (!at::isfinite(factor).all().item<bool>() || !(factor.diagonal().min().item<float>() > 0)) return {};
+  damped.zero_();
+  InvertLower(lower, damped);
+  const at::Tensor factor = damped.to(at::kFloat).flip({0, 1});
+  if (!std::isfinite(factor.sum().item<float>()) || !(factor.diagonal().min().item<float>() > 0)) return {};
   return factor;
 }
 
 // Raises the damping until the factorisation succeeds; undefined if it never does.
-at::Tensor DampedFactor(const at::Tensor& hessian, double damp_fraction, PreparedHessian* prepared) {
+at::Tensor DampedFactor(const at::Tensor& reversed, double damp_fraction, PreparedHessian* prepared) {
   for (double damp = damp_fraction; damp <= kLargestDamp; damp = std::max(2 * damp, kSmallestRaisedDamp)) {
-    at::Tensor factor = InverseFactor(hessian, damp);
+    at::Tensor factor = InverseFactor(reversed, damp);
     if (!factor.defined()) continue;
     prepared->damp_fraction = damp;
     if (damp != damp_fraction) prepared->notes.push_back(Join("damp_fraction raised from ", damp_fraction, " to ", damp));
@@ -53,33 +67,36 @@ int64_t ResolveGroupSize(int64_t group_size, int64_t columns) {
   return group_size <= 0 ? columns : std::min(group_size, columns);
 }
 
-ColumnOrder MakeColumnOrder(int64_t columns, int64_t group_size, const float* diagonal) {
-  ColumnOrder order;
+ColumnOrder MakeColumnOrder(int64_t columns, int64_t group_size, ColumnOrderKind kind, const float* diagonal) {
+  ColumnOrder order{.natural_groups = kind != ColumnOrderKind::kClassic};
+  const auto larger = [&](int64_t a, int64_t b) { return diagonal[a] > diagonal[b]; };
+  std::vector<int64_t> all(columns);
+  std::iota(all.begin(), all.end(), 0);
+  if (kind == ColumnOrderKind::kClassic) std::stable_sort(all.begin(), all.end(), larger);
   const int64_t groups = (columns + group_size - 1) / group_size;
-  std::vector<std::vector<int64_t>> members(groups);
+  std::vector<std::pair<int64_t, std::vector<int64_t>>> members(groups);  // the group's number and its columns
   for (int64_t g = 0; g < groups; ++g) {
-    members[g].resize(std::min(group_size, columns - g * group_size));
-    std::iota(members[g].begin(), members[g].end(), g * group_size);
-    if (diagonal == nullptr) continue;
-    std::stable_sort(members[g].begin(), members[g].end(), [&](int64_t a, int64_t b) { return diagonal[a] > diagonal[b]; });
+    const int64_t begin = g * group_size, end = std::min(begin + group_size, columns);
+    members[g] = {g, std::vector<int64_t>(all.begin() + begin, all.begin() + end)};
+    if (kind == ColumnOrderKind::kGroups) std::stable_sort(members[g].second.begin(), members[g].second.end(), larger);
   }
-  if (diagonal != nullptr) {
+  if (kind == ColumnOrderKind::kGroups) {
     std::stable_sort(members.begin(), members.end(),
-                     [&](const auto& a, const auto& b) { return diagonal[a[0]] > diagonal[b[0]]; });
+                     [&](const auto& a, const auto& b) { return larger(a.second[0], b.second[0]); });
   }
   int64_t block_begin = 0;
   const auto close_block = [&](int64_t end) {
     if (end > block_begin) order.blocks.emplace_back(block_begin, end);
     block_begin = end;
   };
-  for (const auto& group : members) {
+  for (const auto& [number, group] : members) {
     const int64_t begin = static_cast<int64_t>(order.columns.size());
     const int64_t size = static_cast<int64_t>(group.size());
     if (begin + size - block_begin > kMaxBlock) close_block(begin);
     for (int64_t i = 0; i < size; ++i) {
       if (i > 0 && begin + i - block_begin == kMaxBlock) close_block(begin + i);
       order.columns.push_back(group[i]);
-      order.group_of.push_back(group[i] / group_size);
+      order.group_of.push_back(number);
       order.fit_columns.push_back(i == 0 ? size : 0);
     }
     if (size > kMaxBlock) close_block(begin + size);
@@ -89,6 +106,7 @@ ColumnOrder MakeColumnOrder(int64_t columns, int64_t group_size, const float* di
 }
 
 void CheckFinite(const std::string& name, const std::string& what, const at::Tensor& matrix) {
+  if (std::isfinite(matrix.sum().item<double>())) return;  // the common case in one pass; a sum may also overflow
   const at::Tensor finite = at::isfinite(matrix);
   if (finite.all().item<bool>()) return;
   const int64_t bad = at::logical_not(finite).flatten().to(at::kByte).argmax().item<int64_t>();
@@ -97,16 +115,20 @@ void CheckFinite(const std::string& name, const std::string& what, const at::Ten
 }
 
 at::Tensor PreparedHessian::RowErrors(const at::Tensor& difference) const {
-  at::Tensor sums = at::zeros({difference.size(0)}, at::kDouble);
-  for (int64_t c = 0; c < half.size(0); c += kErrorColumns) {
-    const int64_t end = std::min(c + kErrorColumns, half.size(0));
-    const at::Tensor part = at::mm(difference.slice(1, 0, end), half.slice(0, 0, end).slice(1, c, end));
-    sums += (part * difference.slice(1, c, end)).sum(1, false, at::kDouble);
+  const int64_t columns = matrix.size(0);
+  at::Tensor sums = at::zeros({difference.size(1)}, at::kDouble);
+  for (int64_t c = 0; c < columns; c += kErrorColumns) {  // what lies right of the diagonal block counts twice
+    const int64_t end = std::min(c + kErrorColumns, columns);
+    const at::Tensor rows = matrix.slice(0, c, end), here = difference.slice(0, c, end);
+    at::Tensor part = at::mm(rows.slice(1, c, end), here);
+    if (end < columns) part.addmm_(rows.slice(1, end), difference.slice(0, end), 1, 2);
+    sums += part.mul_(here).sum(0, false, at::kDouble);
   }
   return sums;
 }
 
-PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessian, const GptqSettings& settings) {
+PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessian, const GptqSettings& settings,
+                               const at::Tensor& cross) {
   TORCH_CHECK(hessian.dim() == 2 && hessian.size(0) == hessian.size(1), name, ": Hessian ", hessian.sizes(), " is not square");
   const at::NoGradGuard no_grad;
   const int64_t columns = hessian.size(0);
@@ -120,21 +142,31 @@ PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessia
   const int64_t live = columns - prepared.dead_columns;
   const double mean = live == 0 ? 1.0 : diagonal.to(at::kDouble).sum().item<double>() / static_cast<double>(live);
   h = h / mean;
-  prepared.half = (h.triu() + h.triu(1)).cpu();
+  const auto permuted = [](const at::Tensor& m, const at::Tensor& places) {
+    const at::Tensor on_device = places.to(m.device());
+    return m.index_select(0, on_device).index_select(1, on_device);
+  };
   // Nothing is known about columns whose input was always zero and nothing depends on them, so they are rounded to nearest;
   // a diagonal entry of one keeps the matrix positive definite.
   diagonal = (diagonal / mean).masked_fill_(dead, 1.0);
-  h.diagonal().copy_(diagonal);
-  prepared.order = MakeColumnOrder(columns, prepared.group_size, settings.order != ColumnOrderKind::kNatural ? diagonal.const_data_ptr<float>() : nullptr);
+  prepared.order = MakeColumnOrder(columns, prepared.group_size, settings.order, diagonal.const_data_ptr<float>());
+  const at::Tensor index = at::tensor(prepared.order.columns, at::kLong);
+  prepared.matrix = permuted(h, index).cpu();
   if (live == 0) {
     prepared.notes.push_back("all calibration inputs are zero: rounded to nearest");
     return prepared;
   }
-  const at::Tensor index = at::tensor(prepared.order.columns, at::kLong);
-  const at::Tensor device_index = index.to(h.device());
-  prepared.factor = DampedFactor(h.index_select(0, device_index).index_select(1, device_index), settings.damp_fraction, &prepared);
-  if (prepared.factor.defined()) prepared.factor = prepared.factor.cpu();
-  prepared.grid_weights = diagonal.index_select(0, index).add_(prepared.damp_fraction).contiguous();
+  h.diagonal().copy_(diagonal);
+  const at::ScalarType type = columns <= kFloat64Columns ? at::kDouble : at::kFloat;
+  prepared.factor = DampedFactor(permuted(h, index.flip(0)).to(type), settings.damp_fraction, &prepared);
+  if (!prepared.factor.defined()) return prepared;
+  prepared.factor = prepared.factor.cpu().contiguous();
+  prepared.grid_weights = prepared.factor.diagonal().square().reciprocal_();
+  if (cross.defined()) {
+    TORCH_CHECK(cross.sizes() == hessian.sizes(), name, ": a cross matrix ", cross.sizes(), " beside a Hessian ", hessian.sizes());
+    CheckFinite(name, "cross matrix of the calibration inputs", cross);
+    prepared.cross = permuted(cross.detach().to(at::kFloat) / mean, index).cpu();
+  }
   return prepared;
 }
 

@@ -25,15 +25,17 @@ struct ColumnOrder {
   std::vector<int64_t> group_of;     // processing order -> group
   std::vector<int64_t> fit_columns;  // > 0 where a group starts: its size
   std::vector<std::pair<int64_t, int64_t>> blocks;  // [begin, end) between two lazy updates
+  bool natural_groups = true;        // group_of is place / group_size
 };
 
 // -1 means all columns.
 int64_t ResolveGroupSize(int64_t group_size, int64_t columns);
 
-// Groups by their largest diagonal entry, columns inside a group by their own, both descending and stable: what matters most
-// is rounded first, while others can still make up for it. Codes keep their place (GPTQModel's group-aware order). Natural
-// order where `diagonal` is nullptr.
-ColumnOrder MakeColumnOrder(int64_t columns, int64_t group_size, const float* diagonal);
+// kGroups: groups by their largest diagonal entry, columns inside a group by their own, both descending and stable: what matters
+// most is rounded first, while others can still make up for it. Codes keep their place (GPTQModel's group-aware order).
+// kClassic: all columns by their diagonal entry, descending and stable; groups are runs of that order.
+// `diagonal` may be nullptr for kNatural.
+ColumnOrder MakeColumnOrder(int64_t columns, int64_t group_size, ColumnOrderKind kind, const float* diagonal);
 
 // Throws runtime::NumericException naming `name`, `what` and the first bad row and column.
 void CheckFinite(const std::string& name, const std::string& what, const at::Tensor& matrix);
@@ -41,20 +43,27 @@ void CheckFinite(const std::string& name, const std::string& what, const at::Ten
 struct PreparedHessian {
   int64_t group_size = 0;      // resolved
   ColumnOrder order;
-  at::Tensor factor;           // U [n, n] float32 in processing order, H^-1 = U^T U; undefined: round to nearest
-  at::Tensor grid_weights;     // [n] float32 in processing order: cost of an error in the grid search
-  at::Tensor half;             // [n, n] float32: diagonal + 2 * strict upper triangle, so that e H e^T = e half e^T
+  // All in processing order and divided by the mean of H's live diagonal.
+  at::Tensor matrix;           // H [n, n] float32 without damping
+  at::Tensor factor;           // U [n, n] float32, (H + damping)^-1 = U^T U; undefined: round to nearest
+  at::Tensor cross;            // D [n, n] float32 (below), or undefined
+  at::Tensor grid_weights;     // [n] float32: 1 / U[i][i]^2, the cost of an error once all later columns have made up for it
   double damp_fraction = 0;    // used in the end
   int64_t dead_columns = 0;    // whose input was always zero
   std::vector<std::string> notes;
 
-  // e H e^T for each row of `difference` [rows, n] -> [rows] float64.
+  // e H e^T for each column of `difference` [n, rows] (in processing order) -> [rows] float64.
   at::Tensor RowErrors(const at::Tensor& difference) const;
 };
 
-PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessian, const GptqSettings& settings);
+// `cross` (undefined: none) is sum (x_native - x_quantized) x_quantized^T [n, n] float32 over the same tokens and with the same
+// factor as `hessian` = sum x_quantized x_quantized^T: what GPTAQ needs (GptqSettings::alpha).
+PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessian, const GptqSettings& settings,
+                               const at::Tensor& cross = {});
 
-// Gptq (gptq.h) with a Hessian prepared under the same settings.
+// Gptq (gptq.h) with a Hessian prepared under the same settings, but for bits and grid. With alpha > 0 and a cross matrix the
+// codes approximate W + alpha W D (H + damping)^-1, which minimises |W x_native - Q x_quantized|^2 for alpha = 1 (Li et al.
+// 2025, arXiv:2504.02692, equation 5, solved for all columns at once), and the errors in the report are to that matrix.
 QuantizedLinear GptqPrepared(const std::string& name, const at::Tensor& weight, const PreparedHessian& hessian,
                              const GptqSettings& settings, GptqReport* report);
 

@@ -311,4 +311,21 @@ StatusOr<TokenizerFiles> TokenizerFromGguf(const GgufFile& file) {
   return TokenizerFiles{tokenizer.dump(), config.dump(2) + "\n"};
 }
 
+std::optional<std::string_view> GgufPreTokenizer(const json& tokenizer) {
+  // What splits: the steps without trim_offsets, which moves offsets only; a single step is a list of one.
+  const auto steps = [](json pre) {
+    if (pre.value("type", "") == "Sequence") pre = pre.value("pretokenizers", json::array());
+    if (!pre.is_array()) pre = json::array({pre});
+    for (json& step : pre)
+      if (step.is_object()) step.erase("trim_offsets");
+    return pre;
+  };
+  if (!tokenizer.contains("pre_tokenizer") || !tokenizer["pre_tokenizer"].is_object()) return std::nullopt;
+  const json wanted = steps(tokenizer["pre_tokenizer"]);
+  for (const auto& [family, name] : {std::pair{Family::kGpt2, "gpt-2"}, std::pair{Family::kSmolLm, "smollm"},
+                                     std::pair{Family::kQwen2, "qwen2"}, std::pair{Family::kLlama3, "llama-bpe"}})
+    if (steps(PreTokenizer(family)) == wanted) return name;
+  return std::nullopt;
+}
+
 }  // namespace refinery::checkpoint

@@ -13,7 +13,10 @@
 #pragma once
 
 #include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
+#include <string_view>
 
 #include "common/status.h"
 #include "worker/task/checkpoint/gguf.h"
@@ -26,5 +29,9 @@ struct TokenizerFiles {
 };
 
 StatusOr<TokenizerFiles> TokenizerFromGguf(const GgufFile& file);
+
+// The other way: tokenizer.ggml.pre for a byte-level tokenizer.json that splits texts as one of the named pre-tokenizers;
+// nullopt where it splits in another way.
+std::optional<std::string_view> GgufPreTokenizer(const nlohmann::json& tokenizer);
 
 }  // namespace refinery::checkpoint

@@ -2,25 +2,12 @@
 //
 #include "worker/task/checkpoint/safetensors_writer.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <cerrno>
-#include <cstring>
 #include <nlohmann/json.hpp>
-
-#include "common/files.h"
 
 namespace refinery::checkpoint {
 namespace {
 
 constexpr uint64_t kDataAlignment = 64;
-
-Status WriteError(const std::filesystem::path& path, int error) {
-  std::string message = Join("cannot write ", path.string(), ": ", std::strerror(error));
-  return error == ENOSPC || error == EDQUOT ? ResourceExhausted(message) : Unavailable(message);
-}
 
 // The length prefix and the JSON header, padded with blanks so that the data starts aligned.
 StatusOr<std::string> Header(const std::map<std::string, TensorSpec>& specs,
@@ -70,45 +57,16 @@ std::string_view SafetensorsDtypeName(at::ScalarType dtype) {
 StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
     const std::filesystem::path& path, const std::map<std::string, TensorSpec>& specs,
     const std::map<std::string, std::string>& metadata) {
-  static std::atomic<uint64_t> counter{0};
   std::unique_ptr<SafetensorsWriter> writer(new SafetensorsWriter);
   uint64_t data_bytes = 0;
   RF_ASSIGN_OR_RETURN(std::string header, Header(specs, metadata, &data_bytes));
-  RF_RETURN_IF_ERROR(CreateFolders(path.has_parent_path() ? path.parent_path() : "."));
-  writer->path_ = path;
-  writer->temporary_ = path;
-  writer->temporary_ += Join(".tmp", ::getpid(), "-", ++counter);
-  writer->fd_ = ::open(writer->temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (writer->fd_ < 0) return WriteError(path, errno);
-  writer->missing_ = header.size() + data_bytes;
+  RF_ASSIGN_OR_RETURN(writer->file_, AtomicFile::Create(path, header.size() + data_bytes));
   RF_RETURN_IF_ERROR(writer->Append(header));
   return writer;
 }
 
-SafetensorsWriter::~SafetensorsWriter() {
-  if (fd_ < 0) return;
-  ::close(fd_);
-  ::unlink(temporary_.c_str());
-}
+Status SafetensorsWriter::Append(std::string_view bytes) { return file_->Append(bytes); }
 
-Status SafetensorsWriter::Append(std::string_view bytes) {
-  if (bytes.size() > missing_) return Internal("more tensor bytes than announced for ", path_.string());
-  missing_ -= bytes.size();
-  while (!bytes.empty()) {
-    ssize_t written = ::write(fd_, bytes.data(), bytes.size());
-    if (written < 0 && errno == EINTR) continue;
-    if (written < 0) return WriteError(path_, errno);
-    bytes.remove_prefix(static_cast<size_t>(written));
-  }
-  return absl::OkStatus();
-}
-
-Status SafetensorsWriter::Finish() {
-  if (missing_ != 0) return Internal(missing_, " tensor bytes are missing in ", path_.string());
-  if (::fsync(fd_) != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0) return WriteError(path_, errno);
-  ::close(fd_);
-  fd_ = -1;
-  return SyncPath(path_.has_parent_path() ? path_.parent_path() : ".");
-}
+Status SafetensorsWriter::Finish() { return file_->Finish(); }
 
 }  // namespace refinery::checkpoint

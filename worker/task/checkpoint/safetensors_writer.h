@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "common/status.h"
+#include "worker/task/checkpoint/atomic_file.h"
 
 namespace refinery::checkpoint {
 
@@ -38,9 +39,6 @@ class SafetensorsWriter {
   static StatusOr<std::unique_ptr<SafetensorsWriter>> Create(const std::filesystem::path& path,
                                                              const std::map<std::string, TensorSpec>& specs,
                                                              const std::map<std::string, std::string>& metadata);
-  ~SafetensorsWriter();
-  SafetensorsWriter(const SafetensorsWriter&) = delete;
-  SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
   // The next bytes of the data section: tensors follow each other in the order of their names.
   Status Append(std::string_view bytes);
@@ -49,10 +47,7 @@ class SafetensorsWriter {
 
  private:
   SafetensorsWriter() = default;
-  std::filesystem::path path_;
-  std::filesystem::path temporary_;
-  int fd_ = -1;
-  uint64_t missing_ = 0;  // bytes still to come
+  std::unique_ptr<AtomicFile> file_;
 };
 
 }  // namespace refinery::checkpoint

@@ -6,6 +6,7 @@
 
 #include "common/digest.h"
 #include "common/files.h"
+#include "worker/task/quantize/quantized_artifact.h"
 
 namespace refinery::exporting {
 namespace {
@@ -54,23 +55,40 @@ std::string Table(const std::string& left, const std::string& right,
 // Front matter values come from recipes: as JSON strings they are valid YAML whatever they hold.
 std::string Quoted(const std::string& text) { return nlohmann::json(text).dump(); }
 
+const char* Tag(Kind kind) {
+  switch (kind) {
+    case Kind::kGptq: return "gptq, ";
+    case Kind::kCompressedTensors: return "compressed-tensors, ";
+    case Kind::kGguf: return "gguf, ";
+    case Kind::kAdapter: return "lora, ";
+    case Kind::kMerged: return "";
+  }
+  return "";
+}
+
 std::string FrontMatter(Kind kind, const ModelCard& card) {
   std::string out = "---\n";
   if (!card.base_model.empty()) out += Join("base_model: ", Quoted(card.base_model), "\n");
   if (!card.license.empty()) out += Join("license: ", Quoted(card.license), "\n");
-  out += kind == Kind::kAdapter ? "library_name: peft\n" : "library_name: transformers\n";
-  out += kind == Kind::kGptq      ? "tags: [gptq, refinery]\n"
-         : kind == Kind::kAdapter ? "tags: [lora, refinery]\n"
-                                  : "tags: [refinery]\n";
+  if (kind != Kind::kGguf) out += kind == Kind::kAdapter ? "library_name: peft\n" : "library_name: transformers\n";
+  out += Join("tags: [", Tag(kind), "refinery]\n");
   return out + "pipeline_tag: text-generation\n---\n\n";
 }
 
 std::string Introduction(Kind kind) {
   switch (kind) {
     case Kind::kGptq:
-      return "Weights quantized with GPTQ (HF GPTQ v1 checkpoint). Load it with transformers and gptqmodel installed:\n\n"
+      return "Weights quantized with GPTQ (HF GPTQ checkpoint). Load it with transformers and gptqmodel installed:\n\n"
              "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
              "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n";
+    case Kind::kCompressedTensors:
+      return "Weights quantized with GPTQ, packed by compressed-tensors (pack-quantized). Load it with transformers and "
+             "compressed-tensors installed, or with vLLM:\n\n"
+             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+             "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n";
+    case Kind::kGguf:
+      return "Weights quantized with GPTQ: the same integer codes as in the other folders, as blocks of ggml. Run it with "
+             "llama.cpp:\n\n```sh\nllama-cli -m model.gguf\n```\n";
     case Kind::kAdapter:
       return "A LoRA adapter. Load it with peft:\n\n"
              "```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, folder)\n```\n";
@@ -80,6 +98,18 @@ std::string Introduction(Kind kind) {
              "model = AutoModelForCausalLM.from_pretrained(folder)\n```\n";
   }
   return "";
+}
+
+double MeanError(const quantize::QuantizedModel& quantized, double quantize::GptqReport::* error) {
+  double sum = 0;
+  for (const auto& [module, report] : quantized.reports) sum += report.*error;
+  return quantized.reports.empty() ? 0 : sum / static_cast<double>(quantized.reports.size());
+}
+
+std::string Percent(double fraction) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3f %%", 100 * fraction);
+  return text;
 }
 
 }  // namespace
@@ -110,11 +140,39 @@ Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::p
   return WriteFileAtomically(folder / "README.md", text);
 }
 
-Status WriteManifest(const std::filesystem::path& folder) {
+std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::QuantizedModel& quantized) {
+  const quantize::GptqSettings& s = quantized.settings;
+  std::vector<std::pair<std::string, std::string>> facts = {{"bits", Join(s.bits)},
+                 {"group size", s.group_size == -1 ? "one group a row" : Join(s.group_size)},
+                 {"quantized weights", Join(quantize::QuantizedBytes(quantized), " bytes")}};
+  if (quantized.calibration_tokens > 0) {
+    facts.emplace_back("calibration tokens", Join(quantized.calibration_tokens));
+    facts.emplace_back("mean output error of a layer", Percent(MeanError(quantized, &quantize::GptqReport::relative_error)));
+    facts.emplace_back("the same with plain rounding",
+                       Percent(MeanError(quantized, &quantize::GptqReport::rtn_relative_error)));
+  }
+  return facts;
+}
+
+Status WriteManifest(const std::filesystem::path& folder, const ModelBytes* bytes) {
   RF_ASSIGN_OR_RETURN(const std::vector<FileEntry> files, FilesWithoutManifest(folder));
   nlohmann::json entries = nlohmann::json::array();
   for (const FileEntry& file : files) entries.push_back({{"path", file.path}, {"digest", file.digest}, {"size", file.size}});
-  return WriteFileAtomically(folder / kManifest, nlohmann::json({{"format", 1}, {"files", entries}}).dump(1) + "\n");
+  nlohmann::json manifest = {{"format", 1}, {"files", entries}};
+  if (bytes != nullptr) {
+    manifest["bytes"] = {{"model", bytes->model}, {"without_embeddings", bytes->without_embeddings}, {"linear", bytes->linear},
+                         {"linear_bf16", bytes->linear_bf16}, {"linear_ratio", bytes->linear_ratio()}};
+  }
+  return WriteFileAtomically(folder / kManifest, manifest.dump(1) + "\n");
+}
+
+StatusOr<ModelBytes> BytesOf(const std::filesystem::path& folder) try {
+  RF_ASSIGN_OR_RETURN(const std::string text, ReadFile(folder / kManifest));
+  const nlohmann::json bytes = nlohmann::json::parse(text).at("bytes");
+  return ModelBytes{.model = bytes.at("model"), .without_embeddings = bytes.at("without_embeddings"), .linear = bytes.at("linear"),
+                    .linear_bf16 = bytes.at("linear_bf16")};
+} catch (const nlohmann::json::exception& e) {
+  return DataLoss((folder / kManifest).string(), ": ", e.what());
 }
 
 Status CheckManifest(const std::filesystem::path& folder) {

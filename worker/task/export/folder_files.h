@@ -15,9 +15,11 @@ namespace refinery::exporting {
 // Copies tokenizer, chat template, generation settings and licence where `base` has them.
 Status CopyCompanions(const std::filesystem::path& base, const std::filesystem::path& folder);
 
-enum class Kind { kGptq, kAdapter, kMerged };
+enum class Kind { kGptq, kCompressedTensors, kGguf, kAdapter, kMerged };
 // README.md. `facts` are further rows of the table of facts.
 Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::pair<std::string, std::string>>& facts,
                       const std::filesystem::path& folder);
+// Width, group size, bytes and errors of a quantized model, as rows of that table.
+std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::QuantizedModel& quantized);
 
 }  // namespace refinery::exporting

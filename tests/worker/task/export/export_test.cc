@@ -157,9 +157,14 @@ TEST(GptqFolderTest, RefusesModulesThatAreNotTheModels) {
   EXPECT_THAT(ExportGptqFolder(*f.base, other, kCard, folder),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("13 modules")));
   other = f.quantized;
-  other.settings.group_size = 64;
+  other.settings.bits = 5;
+  EXPECT_THAT(ExportGptqFolder(*f.base, other, kCard, folder), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("5 bits")));
+  other = f.quantized;
+  quantize::QuantizedLinear& linear = other.linears.at("model.layers.1.mlp.up_proj");
+  linear.scales = linear.scales.clone();
+  linear.scales.view({-1}).narrow(0, 7, 1).fill_(std::numeric_limits<double>::infinity());
   EXPECT_THAT(ExportGptqFolder(*f.base, other, kCard, folder),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("mlp.down_proj")));
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("model.layers.1.mlp.up_proj")));
 }
 
 TEST(ManifestTest, NamesWhatChanged) {

@@ -4,9 +4,12 @@
 //
 //   refinery_quantize_benchmark MODEL CALIBRATION_TEXT TEST_TEXT [--sequences 128] [--length 512] [--bits 4] [--group-size 64]
 //                               [--damp 0.01] [--windows 24] [--threads 2] [--skip-rounding]
+//                               [--streamed] [--journal DIR]
 //
 // MODEL is a GGUF file or a Hugging Face folder. Perplexity: consecutive windows of 1,024 tokens, each on its own (23.35 for
 // SmolLM2-135M-Instruct on WikiText-2 raw test, 24 windows). Calibration: the first `sequences` x `length` tokens of the text.
+// --windows 0 measures no perplexity, so that the peak memory is that of quantizing alone; --streamed reads one layer at a time;
+// --journal writes finished modules to that folder instead of keeping them, and goes on from what lies there.
 // Fails when GPTQ is not better than rounding.
 
 #include "worker/task/runtime/torch.h"
@@ -16,6 +19,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <map>
+#include <optional>
 
 #include "common/files.h"
 #include "worker/task/checkpoint/import.h"
@@ -64,7 +68,8 @@ struct Arguments {
   std::string model, calibration, test;
   std::map<std::string, double> numbers = {{"--sequences", 128}, {"--length", 512}, {"--bits", 4}, {"--group-size", 64},
                                            {"--damp", 0.01}, {"--windows", 24}, {"--threads", 2}};
-  bool skip_rounding = false;
+  bool skip_rounding = false, streamed = false;
+  std::string journal;
 };
 
 bool Parse(int argc, char** argv, Arguments* arguments) {
@@ -73,6 +78,10 @@ bool Parse(int argc, char** argv, Arguments* arguments) {
     const std::string word = argv[i];
     if (word == "--skip-rounding") {
       arguments->skip_rounding = true;
+    } else if (word == "--streamed") {
+      arguments->streamed = true;
+    } else if (word == "--journal" && i + 1 < argc) {
+      arguments->journal = argv[++i];
     } else if (arguments->numbers.contains(word) && i + 1 < argc) {
       arguments->numbers[word] = std::atof(argv[++i]);
     } else {
@@ -107,9 +116,9 @@ Status Run(const Arguments& arguments) {
   const quantize::GptqSettings settings{.bits = number("--bits"), .group_size = number("--group-size"),
                                         .damp_fraction = arguments.numbers.at("--damp")};
   double rounded = INFINITY;
-  RF_ASSIGN_OR_RETURN(auto model, model::CausalLm::Load(*folder, {}));
+  RF_ASSIGN_OR_RETURN(auto model, model::CausalLm::Load(*folder, {.layers = !arguments.streamed}));
   RF_RETURN_IF_ERROR(quantize::CheckGroupSize(model->config(), settings.bits, settings.group_size));
-  std::printf("perplexity bf16      %8.3f\n", Perplexity(*model, test_ids, number("--windows")));
+  if (!arguments.streamed) std::printf("perplexity bf16      %8.3f\n", Perplexity(*model, test_ids, number("--windows")));
   if (!arguments.skip_rounding) {
     quantize::RoundModelToNearest(*model, settings);
     rounded = Perplexity(*model, test_ids, number("--windows"));
@@ -117,9 +126,24 @@ Status Run(const Arguments& arguments) {
     RF_ASSIGN_OR_RETURN(model, model::CausalLm::Load(*folder, {}));
   }
   PrintingReporter reporter;
-  const quantize::QuantizedModel quantized = quantize::QuantizeModel(*model, calibration, settings, reporter);
+  quantize::QuantizeOptions options;
+  if (arguments.streamed) {
+    options.layers = [&](int64_t index) {
+      return model::CausalLm::LoadLayer(model->config(), index, [&](const std::string& name) { return folder->Get(name); }, {});
+    };
+  }
+  std::optional<quantize::Journal> journal;
+  if (!arguments.journal.empty()) {
+    const nlohmann::json fingerprint = {{"model", arguments.model}, {"bits", settings.bits}, {"group_size", settings.group_size},
+                                        {"sequences", number("--sequences")}};
+    RF_ASSIGN_OR_RETURN(journal, quantize::Journal::Open(arguments.journal, fingerprint, reporter));
+    options.journal = &*journal;
+  }
+  RF_ASSIGN_OR_RETURN(const quantize::QuantizedModel quantized,
+                      quantize::QuantizeModel(*model, {.ids = calibration, .weights = {}}, settings, options, reporter));
   std::fprintf(stderr, "\n");
-  const double perplexity = Perplexity(*model, test_ids, number("--windows"));
+  const double peak = static_cast<double>(runtime::PeakMemoryBytes()) / (1 << 30);
+  const double perplexity = arguments.streamed ? NAN : Perplexity(*model, test_ids, number("--windows"));
   std::printf("perplexity quantized %8.3f\n", perplexity);
   double error = 0, nearest = 0;
   for (const auto& [name, report] : quantized.reports) {
@@ -127,12 +151,11 @@ Status Run(const Arguments& arguments) {
     nearest += report.rtn_relative_error / static_cast<double>(quantized.reports.size());
   }
   const quantize::QuantizeTimes& t = quantized.times;
-  std::printf("%lld tokens, %lld bits, group size %lld: %.1f s (forward %.1f, Hessians %.1f, solving %.1f); mean layer error "
+  std::printf("%lld tokens, %lld bits, group size %lld: %.1f s (forward %.1f, Hessians %.1f, solving %.1f, journal %.1f); mean layer error "
               "%.5f, rounded %.5f; %.1f MB; peak memory %.2f GiB\n",
               static_cast<long long>(quantized.calibration_tokens), static_cast<long long>(settings.bits),
               static_cast<long long>(settings.group_size), t.total_seconds, t.forward_seconds, t.hessian_seconds,
-              t.solve_seconds, error, nearest, static_cast<double>(quantize::QuantizedBytes(quantized)) / 1e6,
-              static_cast<double>(runtime::PeakMemoryBytes()) / (1 << 30));
+              t.solve_seconds, t.journal_seconds, error, nearest, static_cast<double>(quantize::QuantizedBytes(quantized)) / 1e6, peak);
   if (perplexity > rounded) return Internal("GPTQ gave a higher perplexity than rounding");
   return absl::OkStatus();
 }

@@ -69,6 +69,8 @@ struct LoadOptions {
   // Quantized weights stay packed where decoding has kernels for them (bfloat16 on the CPU) and their form allows
   // (packed_weight.h); else they are expanded to dtype. For running a model only: nothing trains or merges packed weights.
   bool keep_packed = false;
+  // false: only embeddings, final norm and head; the layers come one by one from LoadLayer, for models larger than memory.
+  bool layers = true;
 };
 
 // The tensor of that name ("model.layers.0.mlp.up_proj.weight"), NOT_FOUND where there is none.
@@ -84,6 +86,9 @@ class CausalLm {
   // The same from any source. Weights are copied: q k v and gate up of a layer each lie in one storage (see projection.h).
   static StatusOr<std::shared_ptr<CausalLm>> Load(const ModelConfig& config, const TensorSource& source,
                                                   const LoadOptions& options);
+  // One layer, in storage of its own that goes when the layer goes.
+  static StatusOr<DecoderLayer> LoadLayer(const ModelConfig& config, int64_t index, const TensorSource& source,
+                                          const LoadOptions& options);
 
   // Adds the adapter as factors beside the weights (trainable form). INVALID_ARGUMENT for an unknown module,
   // FAILED_PRECONDITION where factors are attached already (checkpoint::StackAdapters makes one adapter of several).

@@ -166,6 +166,7 @@ StatusOr<std::shared_ptr<CausalLm>> CausalLm::Read(const ModelConfig& config, co
   if (!config.tie_word_embeddings) {
     RF_ASSIGN_OR_RETURN(model->lm_head, reader.Read("lm_head.weight", table));
   }
+  if (!options.layers) return model;
   model->layers.resize(static_cast<size_t>(config.num_layers));
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string prefix = Join("model.layers.", i, ".");
@@ -174,6 +175,17 @@ StatusOr<std::shared_ptr<CausalLm>> CausalLm::Read(const ModelConfig& config, co
     RF_RETURN_IF_ERROR(ReadLayer(reader, config, prefix, layer));
   }
   return model;
+}
+
+StatusOr<DecoderLayer> CausalLm::LoadLayer(const ModelConfig& config, int64_t index, const TensorSource& source,
+                                           const LoadOptions& options) {
+  const c10::InferenceMode off(false);
+  const at::NoGradGuard no_grad;
+  const PackedSource unpacked;
+  DecoderLayer layer;
+  layer.sliding_window = config.WindowOf(index);
+  RF_RETURN_IF_ERROR(ReadLayer(Reader(source, unpacked, options), config, Join("model.layers.", index, "."), layer));
+  return layer;
 }
 
 StatusOr<Linear*> CausalLm::AdaptedLinear(const std::string& module, const checkpoint::LoraPair& pair) {

@@ -4,10 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <functional>
 
-#include "worker/task/model/ops.h"
-#include "worker/task/model/projection.h"
 #include "worker/task/quantize/hessian.h"
 #include "worker/task/quantize/prepared_hessian.h"
 #include "worker/task/quantize/quantized_artifact.h"
@@ -15,110 +12,151 @@
 namespace refinery::quantize {
 namespace {
 
-constexpr int64_t kChunkTokens = 8192;
+constexpr double kPublishSeconds = 30;  // within a layer
+constexpr int64_t kCrossTokens = 2048;   // turned to float32 at a time
 
 double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Whole sequences whose tokens are worked on together.
-struct Chunk {
-  std::vector<int64_t> lengths;
-  model::Rotary rotary;
-  at::Tensor hidden;  // [T, H]
-  at::Tensor input;   // [T, *] of the linear layers that are next
-};
-
-std::vector<Chunk> MakeChunks(const model::CausalLm& model, const std::vector<std::vector<int32_t>>& calibration) {
-  std::vector<Chunk> chunks;
-  size_t next = 0;
-  while (next < calibration.size()) {
-    Chunk chunk;
-    std::vector<int64_t> ids;
-    while (next < calibration.size() &&
-           (ids.empty() || static_cast<int64_t>(ids.size() + calibration[next].size()) <= kChunkTokens)) {
-      const std::vector<int32_t>& sequence = calibration[next++];
-      if (sequence.empty()) continue;
-      ids.insert(ids.end(), sequence.begin(), sequence.end());
-      chunk.lengths.push_back(static_cast<int64_t>(sequence.size()));
-    }
-    if (ids.empty()) continue;
-    chunk.rotary = model.MakeRotary(chunk.lengths);
-    chunk.hidden = model.Embed(at::tensor(ids, at::kLong).to(model.device()));
-    chunks.push_back(std::move(chunk));
+void AddCross(const Chunk& native, const Chunk& quantized, at::Tensor& cross) {
+  const at::Tensor mine = Activations::Counted(quantized, quantized.input), other = Activations::Counted(native, native.input);
+  for (int64_t first = 0; first < mine.size(0); first += kCrossTokens) {
+    const int64_t end = std::min(first + kCrossTokens, mine.size(0));
+    const at::Tensor x = mine.slice(0, first, end).to(at::kFloat);
+    cross.addmm_((other.slice(0, first, end).to(at::kFloat) - x).t(), x);
   }
-  return chunks;
 }
 
 // One run over the model; holds what its stages share.
 class Run {
  public:
-  Run(model::CausalLm& model, const GptqSettings& settings, runtime::Reporter& reporter, QuantizedModel* result)
-      : model_(model), settings_(settings), reporter_(reporter), result_(result) {}
+  Run(model::CausalLm& model, const GptqSettings& settings, const QuantizeOptions& options, runtime::Reporter& reporter,
+      QuantizedModel* result)
+      : model_(model), settings_(settings), options_(options), reporter_(reporter), result_(result) {}
 
-  void Quantize(const std::vector<std::vector<int32_t>>& calibration) {
-    start_ = Now();
-    chunks_ = MakeChunks(model_, calibration);
-    for (const Chunk& chunk : chunks_) result_->calibration_tokens += chunk.hidden.size(0);
+  Status Quantize(const TokenSequences& calibration) {
+    start_ = last_published_ = Now();
+    Activations activations(model_, calibration, options_.keep_inputs);
+    result_->calibration_tokens = activations.counted();
     TORCH_CHECK(result_->calibration_tokens > 0, "GPTQ needs at least one calibration token");
-    for (size_t i = 0; i < model_.layers.size(); ++i) QuantizeLayer(i);
+    activations_ = &activations;
+    if (settings_.alpha > 0) native_.emplace(model_, calibration, /*keep_inputs=*/true);
+    std::optional<HeldOut> held_out;
+    if (options_.held_out != nullptr) held_out.emplace(model_, *options_.held_out);
+    for (int64_t i = 0; i < Layers(); ++i) {
+      phase_ = Join("layer ", i + 1, "/", Layers());
+      model::DecoderLayer loaded;
+      if (options_.layers) {
+        RF_ASSIGN_OR_RETURN(loaded, options_.layers(i));
+      }
+      model::DecoderLayer& layer = options_.layers ? loaded : model_.layers[static_cast<size_t>(i)];
+      if (held_out) held_out->BeforeLayer(layer, settings_, [this](const std::string& m) { return BitsOf(m); });
+      if (native_) native_layer_ = CopyLayer(layer);
+      for (const Stage stage : kStages) RF_RETURN_IF_ERROR(QuantizeStage(layer, stage));
+      RF_RETURN_IF_ERROR(Publish(/*layer_done=*/true));
+      if (held_out) held_out->AfterLayer(layer);
+      if (i + 1 == Layers()) break;  // nobody reads what the last layer would give
+      const double begin = Now();
+      activations.FinishLayer(layer);
+      if (native_) native_->FinishLayer(native_layer_);
+      result_->times.forward_seconds += Now() - begin;
+    }
+    if (held_out) result_->held_out = held_out->Figures();
     result_->times.total_seconds = Now() - start_;
+    return absl::OkStatus();
   }
 
  private:
-  // Produces the next input of every chunk with `advance`, sums its Hessian and quantizes `linears` with it.
-  void Stage(const std::function<void(Chunk&)>& advance, const std::vector<model::Linear*>& linears) {
-    Hessian hessian(linears[0]->weight.size(1), model_.device());
-    for (Chunk& chunk : chunks_) {
+  int64_t Layers() const { return options_.layers ? model_.config().num_layers : static_cast<int64_t>(model_.layers.size()); }
+
+  int64_t BitsOf(const std::string& module) const {
+    const auto found = options_.bits.find(module);
+    return found == options_.bits.end() ? settings_.bits : found->second;
+  }
+
+  // Moves all chunks to the stage's input, sums its Hessian if anything is to be solved, and gives its layers their new weights.
+  Status QuantizeStage(model::DecoderLayer& layer, Stage stage) {
+    const std::vector<model::Linear*> linears = LinearsOf(layer, stage);
+    std::map<std::string, JournalEntry> finished;
+    RF_RETURN_IF_ERROR(ReadFinished(linears, &finished));
+    const bool solve = finished.size() < linears.size();
+    std::optional<Hessian> hessian;
+    if (solve) hessian.emplace(linears[0]->inputs(), model_.device());
+    at::Tensor cross;  // sum (x_native - x_quantized) x_quantized^T
+    if (solve && native_) cross = at::zeros({linears[0]->inputs(), linears[0]->inputs()}, at::device(model_.device()).dtype(at::kFloat));
+    for (size_t c = 0; c < activations_->chunks().size(); ++c) {
+      Chunk& chunk = activations_->chunks()[c];
       reporter_.Check();
       const double begin = Now();
-      advance(chunk);
+      activations_->Advance(layer, stage, chunk);
+      if (native_) native_->Advance(native_layer_, stage, native_->chunks()[c]);
       const double middle = Now();
-      hessian.Add(chunk.input);
+      if (solve) hessian->Add(Activations::Counted(chunk, chunk.input));
+      if (cross.defined()) AddCross(native_->chunks()[c], chunk, cross);
+      if (stage == Stage::kDown) activations_->Release(chunk);
       result_->times.forward_seconds += middle - begin;
       result_->times.hessian_seconds += Now() - middle;
     }
     const double begin = Now();
-    const PreparedHessian prepared = PrepareHessian(linears[0]->name, hessian.Matrix(), settings_);
+    std::optional<PreparedHessian> prepared;
+    if (solve) prepared.emplace(PrepareHessian(linears[0]->name, hessian->Matrix(), settings_, cross));
+    hessian.reset();
+    result_->times.module_seconds[linears[0]->name] = Now() - begin;
     for (model::Linear* linear : linears) {
       reporter_.Check();
-      TORCH_CHECK(!linear->lora_a.defined(), linear->name, ": merge the adapter before quantizing");
-      GptqReport& report = result_->reports[linear->name];
-      QuantizedLinear quantized = GptqPrepared(linear->name, linear->weight, prepared, settings_, &report);
-      for (const std::string& note : report.notes) reporter_.Note("gptq_fallback", Join(linear->name, ": ", note));
-      linear->weight.copy_(quantized.Dequantize());  // in place: q k v and gate up stay side by side (projection.h)
-      result_->linears[linear->name] = std::move(quantized);
+      const auto found = finished.find(linear->name);
+      RF_RETURN_IF_ERROR(found != finished.end() ? Put(*linear, std::move(found->second)) : Solve(*linear, *prepared));
     }
     result_->times.solve_seconds += Now() - begin;
     ++stages_done_;
     Progress();
+    return Publish(/*layer_done=*/false);
   }
 
-  void QuantizeLayer(size_t index) {
-    model::DecoderLayer& layer = model_.layers[index];
-    phase_ = Join("layer ", index + 1, "/", model_.layers.size());
-    Stage([&](Chunk& c) { c.input = model_.Normalize(c.hidden, layer.input_norm); }, {&layer.q, &layer.k, &layer.v});
-    Stage(
-        [&](Chunk& c) {
-          const std::vector<at::Tensor> qkv =
-              model::Project(c.input, {&layer.q, &layer.k, &layer.v})
-                  .split_with_sizes({layer.q.weight.size(0), layer.k.weight.size(0), layer.v.weight.size(0)}, 1);
-          c.input = model_.Attend(layer, qkv[0], qkv[1], qkv[2], c.lengths, c.rotary);
-        },
-        {&layer.o});
-    Stage(
-        [&](Chunk& c) {
-          c.hidden = c.hidden + layer.o(c.input);
-          c.input = model_.Normalize(c.hidden, layer.post_attention_norm);
-        },
-        {&layer.gate, &layer.up});
-    Stage([&](Chunk& c) { c.input = model::SiluMul(model::Project(c.input, {&layer.gate, &layer.up})); }, {&layer.down});
-    if (index + 1 == model_.layers.size()) return;  // nobody reads what the last layer would give
+  Status ReadFinished(const std::vector<model::Linear*>& linears, std::map<std::string, JournalEntry>* finished) {
+    if (options_.journal == nullptr) return absl::OkStatus();
+    for (const model::Linear* linear : linears) {
+      RF_ASSIGN_OR_RETURN(std::optional<JournalEntry> entry, options_.journal->Read(linear->name, reporter_));
+      if (!entry || entry->linear.codes.sizes() != linear->weight.sizes()) continue;
+      (*finished)[linear->name] = *std::move(entry);
+    }
+    return absl::OkStatus();
+  }
+
+  Status Solve(model::Linear& linear, const PreparedHessian& prepared) {
+    TORCH_CHECK(!linear.lora_a.defined(), linear.name, ": merge the adapter before quantizing");
     const double begin = Now();
-    for (Chunk& chunk : chunks_) chunk.hidden = chunk.hidden + layer.down(chunk.input);
-    result_->times.forward_seconds += Now() - begin;
+    GptqSettings settings = settings_;
+    settings.bits = BitsOf(linear.name);
+    JournalEntry entry;
+    entry.linear = GptqPrepared(linear.name, linear.weight, prepared, settings, &entry.report);
+    result_->times.module_seconds[linear.name] += Now() - begin;
+    for (const std::string& note : entry.report.notes) reporter_.Note("gptq_fallback", Join(linear.name, ": ", note));
+    if (options_.journal != nullptr) {
+      const double write = Now();
+      RF_RETURN_IF_ERROR(options_.journal->Write(linear.name, entry.linear, entry.report));
+      result_->times.journal_seconds += Now() - write;
+      ++unpublished_;
+    }
+    return Put(linear, std::move(entry));
+  }
+
+  Status Put(model::Linear& linear, JournalEntry entry) {
+    linear.weight.copy_(entry.linear.Dequantize());  // in place: q k v and gate up stay side by side (projection.h)
+    result_->reports[linear.name] = std::move(entry.report);
+    if (options_.journal == nullptr) result_->linears[linear.name] = std::move(entry.linear);
+    return absl::OkStatus();
+  }
+
+  Status Publish(bool layer_done) {
+    if (!options_.publish || options_.journal == nullptr || unpublished_ == 0) return absl::OkStatus();
+    if (!layer_done && Now() - last_published_ < kPublishSeconds) return absl::OkStatus();
+    last_published_ = Now();
+    unpublished_ = 0;
+    return options_.publish(static_cast<int64_t>(options_.journal->modules().size()));
   }
 
   void Progress() {
-    const double total = 4.0 * static_cast<double>(model_.layers.size());
+    const double total = 4.0 * static_cast<double>(Layers());
     const double seconds = std::max(Now() - start_, 1e-9);
     reporter_.Report({.phase = phase_, .done = stages_done_, .total = total,
                       .tokens_per_second = static_cast<double>(result_->calibration_tokens) * stages_done_ / total / seconds});
@@ -126,63 +164,33 @@ class Run {
 
   model::CausalLm& model_;
   const GptqSettings& settings_;
+  const QuantizeOptions& options_;
   runtime::Reporter& reporter_;
   QuantizedModel* result_;
-  std::vector<Chunk> chunks_;
+  Activations* activations_ = nullptr;
+  std::optional<Activations> native_;  // of the weights as they were, for GPTAQ
+  model::DecoderLayer native_layer_;
   std::string phase_;
-  double start_ = 0;
+  double start_ = 0, last_published_ = 0;
   double stages_done_ = 0;
+  int64_t unpublished_ = 0;
 };
-
-struct NamedSize {
-  std::string name;
-  int64_t in, out;
-};
-
-std::vector<NamedSize> LinearSizes(const model::ModelConfig& c) {
-  const int64_t query = c.num_heads * c.head_dim, key = c.num_kv_heads * c.head_dim;
-  return {{"self_attn.q_proj", c.hidden_size, query},  {"self_attn.k_proj", c.hidden_size, key},
-          {"self_attn.v_proj", c.hidden_size, key},    {"self_attn.o_proj", query, c.hidden_size},
-          {"mlp.gate_proj", c.hidden_size, c.intermediate_size}, {"mlp.up_proj", c.hidden_size, c.intermediate_size},
-          {"mlp.down_proj", c.intermediate_size, c.hidden_size}};
-}
-
-// Powers of two from 16 that divide every `in`, and -1.
-std::string LegalGroupSizes(const std::vector<NamedSize>& sizes) {
-  std::string text;
-  for (int64_t g = 16; g <= 1024; g *= 2) {
-    if (std::all_of(sizes.begin(), sizes.end(), [g](const NamedSize& s) { return s.in % g == 0; })) text += Join(g, ", ");
-  }
-  return text + "-1";
-}
 
 }  // namespace
 
-Status CheckGroupSize(const model::ModelConfig& config, int64_t bits, int64_t group_size) {
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return InvalidArgument("bits must be 2, 3, 4 or 8, not ", bits);
-  if (group_size != -1 && group_size <= 0) {
-    return InvalidArgument("group_size must be -1 (one group a row) or positive, not ", group_size);
-  }
-  const std::vector<NamedSize> sizes = LinearSizes(config);
-  for (const NamedSize& s : sizes) {
-    if (s.in % 32 != 0 || s.out % 32 != 0) {
-      return InvalidArgument("model.layers.*.", s.name, " is ", s.out, " x ", s.in,
-                             ": GPTQ checkpoints need multiples of 32; this model cannot be quantized to them");
-    }
-    if (group_size != -1 && s.in % group_size != 0) {
-      return InvalidArgument("group_size ", group_size, " does not divide the input size ", s.in, " of model.layers.*.",
-                             s.name, "; choose one of ", LegalGroupSizes(sizes));
-    }
-  }
-  return absl::OkStatus();
+StatusOr<QuantizedModel> QuantizeModel(model::CausalLm& model, const TokenSequences& calibration, const GptqSettings& settings,
+                                       const QuantizeOptions& options, runtime::Reporter& reporter) {
+  const at::NoGradGuard no_grad;
+  QuantizedModel result{.settings = settings, .calibration_digest = CalibrationDigest(calibration.ids)};
+  RF_RETURN_IF_ERROR(Run(model, settings, options, reporter, &result).Quantize(calibration));
+  return result;
 }
 
 QuantizedModel QuantizeModel(model::CausalLm& model, const std::vector<std::vector<int32_t>>& calibration,
                              const GptqSettings& settings, runtime::Reporter& reporter) {
-  const at::NoGradGuard no_grad;
-  QuantizedModel result{.settings = settings, .calibration_digest = CalibrationDigest(calibration)};
-  Run(model, settings, reporter, &result).Quantize(calibration);
-  return result;
+  StatusOr<QuantizedModel> result = QuantizeModel(model, {.ids = calibration, .weights = {}}, settings, {}, reporter);
+  TORCH_CHECK(result.ok(), Message(result.status()));  // without files nothing can fail
+  return *std::move(result);
 }
 
 QuantizedModel RoundModelToNearest(model::CausalLm& model, const GptqSettings& settings) {

@@ -2,57 +2,103 @@
 
 #include "worker/task/quantize/quantized_artifact.h"
 
-#include <nlohmann/json.hpp>
+#include <functional>
 #include <string_view>
+#include <utility>
 
 #include "common/digest.h"
 #include "common/files.h"
+#include "worker/task/checkpoint/safetensors_writer.h"
 
 namespace refinery::quantize {
 namespace {
 
 constexpr char kTensorFile[] = "quantized.safetensors";
 constexpr char kFactsFile[] = "quantized.json";
-constexpr int kFormat = 1;
+constexpr int kFormat = 2;
 
-nlohmann::json ReportJson(const QuantizedLinear& linear, const GptqReport& report) {
-  return {{"in", linear.codes.size(1)},
-          {"out", linear.codes.size(0)},
-          {"relative_error", report.relative_error},
-          {"rtn_relative_error", report.rtn_relative_error},
-          {"damp_fraction", report.damp_fraction},
-          {"dead_columns", report.dead_columns},
-          {"notes", report.notes}};
+constexpr std::pair<Grid, const char*> kGrids[] = {
+    {Grid::kFullRange, "full_range"}, {Grid::kSymmetric, "symmetric"}, {Grid::kAsymmetric, "asymmetric"}};
+constexpr std::pair<ColumnOrderKind, const char*> kOrders[] = {
+    {ColumnOrderKind::kGroups, "groups"}, {ColumnOrderKind::kNatural, "natural"}, {ColumnOrderKind::kClassic, "classic"}};
+
+nlohmann::json ModuleJson(const ModuleShape& shape, const GptqReport& report) {
+  nlohmann::json json = ReportToJson(report);
+  json.update({{"in", shape.in}, {"out", shape.out}, {"bits", shape.bits}, {"group_size", shape.group_size}});
+  return json;
+}
+
+// Writes both files; `read` gives one module at a time.
+Status WriteArtifact(const QuantizedModel& quantized, const std::map<std::string, ModuleShape>& shapes,
+                     const std::function<StatusOr<QuantizedLinear>(const std::string&)>& read, const std::filesystem::path& folder) {
+  std::map<std::string, checkpoint::TensorSpec> specs;
+  nlohmann::json modules = nlohmann::json::object();
+  for (const auto& [module, s] : shapes) {
+    const int64_t groups = (s.in + s.group_size - 1) / s.group_size;
+    specs[module + ".qweight"] = {.dtype = at::kInt, .shape = {s.in / 32 * s.bits, s.out}};
+    specs[module + ".qzeros"] = {.dtype = at::kInt, .shape = {groups, s.out / 32 * s.bits}};
+    specs[module + ".scales"] = {.dtype = at::kHalf, .shape = {groups, s.out}};
+    specs[module + ".g_idx"] = {.dtype = at::kInt, .shape = {s.in}};
+    const auto report = quantized.reports.find(module);
+    modules[module] = ModuleJson(s, report == quantized.reports.end() ? GptqReport{} : report->second);
+  }
+  RF_ASSIGN_OR_RETURN(const auto writer, checkpoint::SafetensorsWriter::Create(folder / kTensorFile, specs, {{"format", "pt"}}));
+  std::string current;
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& [name, spec] : specs) {
+    const std::string module = name.substr(0, name.rfind('.'));
+    if (module != current) {
+      RF_ASSIGN_OR_RETURN(const QuantizedLinear linear, read(module));
+      const PackedGptq packed = PackGptqV1(linear);
+      tensors = {{"qweight", packed.qweight}, {"qzeros", packed.qzeros}, {"scales", packed.scales}, {"g_idx", packed.g_idx}};
+      current = module;
+    }
+    const at::Tensor bytes = tensors.at(name.substr(module.size() + 1)).contiguous();
+    RF_RETURN_IF_ERROR(writer->Append({static_cast<const char*>(bytes.const_data_ptr()), bytes.nbytes()}));
+  }
+  RF_RETURN_IF_ERROR(writer->Finish());
+  const GptqSettings& s = quantized.settings;
+  nlohmann::json calibration = quantized.calibration_facts.is_object() ? quantized.calibration_facts : nlohmann::json::object();
+  calibration.update({{"digest", quantized.calibration_digest}, {"tokens", quantized.calibration_tokens}});
+  nlohmann::json facts = SettingsToJson(s);
+  facts.update({{"format", kFormat}, {"calibration", std::move(calibration)}, {"modules", std::move(modules)}});
+  return WriteFileAtomically(folder / kFactsFile, facts.dump(1) + "\n");
 }
 
 // Fills settings and reports; throws nlohmann::json::exception for a missing or wrongly typed field.
-void FactsFromJson(const nlohmann::json& facts, QuantizedModel* quantized) {
-  facts.at("bits").get_to(quantized->settings.bits);
-  facts.at("group_size").get_to(quantized->settings.group_size);
-  facts.at("damp_fraction").get_to(quantized->settings.damp_fraction);
-  quantized->settings.order = facts.at("order_groups").get<bool>() ? ColumnOrderKind::kGroups : ColumnOrderKind::kNatural;
+void FactsFromJson(const nlohmann::json& facts, QuantizedModel* quantized, std::map<std::string, ModuleShape>* shapes) {
+  quantized->settings = SettingsFromJson(facts);
   facts.at("calibration").at("digest").get_to(quantized->calibration_digest);
   facts.at("calibration").at("tokens").get_to(quantized->calibration_tokens);
+  quantized->calibration_facts = facts.at("calibration");
+  for (const char* key : {"digest", "tokens"}) quantized->calibration_facts.erase(key);
   for (const auto& [module, entry] : facts.at("modules").items()) {
-    GptqReport& report = quantized->reports[module];
-    entry.at("relative_error").get_to(report.relative_error);
-    entry.at("rtn_relative_error").get_to(report.rtn_relative_error);
-    entry.at("damp_fraction").get_to(report.damp_fraction);
-    entry.at("dead_columns").get_to(report.dead_columns);
-    entry.at("notes").get_to(report.notes);
+    quantized->reports[module] = ReportFromJson(entry);
+    // Format 1 had one width for all.
+    ModuleShape shape{.bits = quantized->settings.bits, .group_size = quantized->settings.group_size};
+    if (entry.contains("bits")) entry.at("bits").get_to(shape.bits);
+    if (entry.contains("group_size")) entry.at("group_size").get_to(shape.group_size);
+    (*shapes)[module] = shape;
   }
 }
 
-Status ParseFacts(const std::filesystem::path& path, const std::string& text, QuantizedModel* quantized) try {
+bool IsWidth(int64_t bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+
+Status ParseFacts(const std::filesystem::path& path, const std::string& text, QuantizedModel* quantized,
+                  std::map<std::string, ModuleShape>* shapes) try {
   const nlohmann::json facts = nlohmann::json::parse(text);
-  if (facts.at("format").get<int>() != kFormat) {
-    return InvalidArgument(path.string(), ": format ", facts.at("format").get<int>(), " is not known to this version (",
-                           kFormat, ")");
+  const int format = facts.at("format").get<int>();
+  if (format < 1 || format > kFormat) {
+    return InvalidArgument(path.string(), ": format ", format, " is not known to this version (", kFormat, ")");
   }
-  FactsFromJson(facts, quantized);
+  FactsFromJson(facts, quantized, shapes);
   const GptqSettings& s = quantized->settings;
-  if ((s.bits != 2 && s.bits != 3 && s.bits != 4 && s.bits != 8) || (s.group_size != -1 && s.group_size <= 0)) {
+  if (!IsWidth(s.bits) || (s.group_size != -1 && s.group_size <= 0)) {
     return DataLoss(path.string(), ": impossible settings: ", s.bits, " bits, group size ", s.group_size);
+  }
+  for (const auto& [module, shape] : *shapes) {
+    if (IsWidth(shape.bits) && (shape.group_size == -1 || shape.group_size > 0)) continue;
+    return DataLoss(path.string(), ": impossible settings of ", module, ": ", shape.bits, " bits, group size ", shape.group_size);
   }
   return absl::OkStatus();
 } catch (const nlohmann::json::exception& e) {
@@ -61,27 +107,80 @@ Status ParseFacts(const std::filesystem::path& path, const std::string& text, Qu
 
 }  // namespace
 
-Status SaveQuantized(const QuantizedModel& quantized, const std::filesystem::path& folder) {
-  RF_RETURN_IF_ERROR(CreateFolders(folder));
-  std::map<std::string, at::Tensor> tensors;
-  nlohmann::json modules = nlohmann::json::object();
-  for (const auto& [module, linear] : quantized.linears) {
-    const PackedGptq packed = PackGptqV1(linear);
-    tensors[module + ".qweight"] = packed.qweight;
-    tensors[module + ".qzeros"] = packed.qzeros;
-    tensors[module + ".scales"] = packed.scales;
-    tensors[module + ".g_idx"] = packed.g_idx;
-    const auto report = quantized.reports.find(module);
-    modules[module] = ReportJson(linear, report == quantized.reports.end() ? GptqReport{} : report->second);
+const char* GridName(Grid grid) {
+  for (const auto& [value, name] : kGrids) {
+    if (value == grid) return name;
   }
-  const GptqSettings& s = quantized.settings;
-  const nlohmann::json facts = {
-      {"format", kFormat}, {"bits", s.bits}, {"group_size", s.group_size}, {"damp_fraction", s.damp_fraction},
-      {"order_groups", s.order == ColumnOrderKind::kGroups},
-      {"calibration", {{"digest", quantized.calibration_digest}, {"tokens", quantized.calibration_tokens}}},
-      {"modules", std::move(modules)}};
-  RF_RETURN_IF_ERROR(checkpoint::WriteSafetensors(folder / kTensorFile, tensors));
-  return WriteFileAtomically(folder / kFactsFile, facts.dump(1) + "\n");
+  return "";
+}
+
+const char* OrderName(ColumnOrderKind order) {
+  for (const auto& [value, name] : kOrders) {
+    if (value == order) return name;
+  }
+  return "";
+}
+
+std::optional<Grid> GridFromName(std::string_view name) {
+  for (const auto& [value, known] : kGrids) {
+    if (name == known) return value;
+  }
+  return std::nullopt;
+}
+
+std::optional<ColumnOrderKind> OrderFromName(std::string_view name) {
+  for (const auto& [value, known] : kOrders) {
+    if (name == known) return value;
+  }
+  return std::nullopt;
+}
+
+nlohmann::json SettingsToJson(const GptqSettings& s) {
+  return {{"bits", s.bits}, {"group_size", s.group_size}, {"damp_fraction", s.damp_fraction}, {"grid", GridName(s.grid)},
+          {"order", OrderName(s.order)}, {"alpha", s.alpha}, {"refine_sweeps", s.refine_sweeps}};
+}
+
+GptqSettings SettingsFromJson(const nlohmann::json& json) {
+  GptqSettings settings;
+  json.at("bits").get_to(settings.bits);
+  json.at("group_size").get_to(settings.group_size);
+  json.at("damp_fraction").get_to(settings.damp_fraction);
+  if (json.at("format").get<int>() == 1) {
+    settings.order = json.at("order_groups").get<bool>() ? ColumnOrderKind::kGroups : ColumnOrderKind::kNatural;
+    return settings;
+  }
+  const std::string grid = json.at("grid").get<std::string>(), order = json.at("order").get<std::string>();
+  if (!GridFromName(grid) || !OrderFromName(order)) {
+    throw nlohmann::json::other_error::create(501, Join("no known grid and order: '", grid, "', '", order, "'"), &json);
+  }
+  settings.grid = *GridFromName(grid);
+  settings.order = *OrderFromName(order);
+  json.at("alpha").get_to(settings.alpha);
+  json.at("refine_sweeps").get_to(settings.refine_sweeps);
+  return settings;
+}
+
+Status SaveQuantized(const QuantizedModel& quantized, const std::filesystem::path& folder) {
+  std::map<std::string, ModuleShape> shapes;
+  for (const auto& [module, linear] : quantized.linears) {
+    shapes[module] = {.out = linear.codes.size(0), .in = linear.codes.size(1), .bits = linear.bits, .group_size = linear.group_size};
+  }
+  return WriteArtifact(
+      quantized, shapes, [&](const std::string& module) -> StatusOr<QuantizedLinear> { return quantized.linears.at(module); }, folder);
+}
+
+Status SaveQuantized(const QuantizedModel& quantized, Journal& journal, const std::filesystem::path& folder,
+                     runtime::Reporter& reporter) {
+  std::map<std::string, ModuleShape> shapes;
+  for (const auto& [module, report] : quantized.reports) {
+    RF_ASSIGN_OR_RETURN(shapes[module], journal.Shape(module));
+  }
+  const auto read = [&](const std::string& module) -> StatusOr<QuantizedLinear> {
+    RF_ASSIGN_OR_RETURN(std::optional<JournalEntry> entry, journal.Read(module, reporter));
+    if (!entry) return DataLoss(journal.folder().string(), ": module ", module, " was there and is damaged now");
+    return std::move(entry->linear);
+  };
+  return WriteArtifact(quantized, shapes, read, folder);
 }
 
 StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& file, const std::string& module, int64_t bits,
@@ -99,11 +198,12 @@ StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& fi
 StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder) {
   QuantizedModel quantized;
   RF_ASSIGN_OR_RETURN(const std::string text, ReadFile(folder / kFactsFile));
-  RF_RETURN_IF_ERROR(ParseFacts(folder / kFactsFile, text, &quantized));
+  std::map<std::string, ModuleShape> shapes;
+  RF_RETURN_IF_ERROR(ParseFacts(folder / kFactsFile, text, &quantized, &shapes));
   RF_ASSIGN_OR_RETURN(const auto file, checkpoint::SafetensorsFile::Open(folder / kTensorFile));
   for (const auto& [module, report] : quantized.reports) {
     StatusOr<QuantizedLinear> linear =
-        ReadPackedLinear(*file, module, quantized.settings.bits, quantized.settings.group_size);
+        ReadPackedLinear(*file, module, shapes.at(module).bits, shapes.at(module).group_size);
     if (!linear.ok()) {
       return DataLoss((folder / kTensorFile).string(), ": ", Message(linear.status()), "; fetch the artifact again");
     }

@@ -4,11 +4,12 @@
 //
 //   quantized.safetensors   per module <m> the tensors of HF GPTQ v1: <m>.qweight int32 [in*bits/32, out],
 //                           <m>.qzeros int32 [groups, out*bits/32], <m>.scales float16 [groups, out], <m>.g_idx int32 [in]
-//   quantized.json          {"format": 1, "bits", "group_size", "damp_fraction", "order_groups",
-//                            "calibration": {"digest", "tokens"},
-//                            "modules": {<m>: {"in", "out", "relative_error", "rtn_relative_error", "damp_fraction",
-//                                              "dead_columns", "notes": [..]}}}
+//   quantized.json          {"format": 2, "bits", "group_size", "damp_fraction", "grid", "order", "alpha", "refine_sweeps",
+//                            "calibration": {"digest", "tokens", and what made them (docs/formats.md)},
+//                            "modules": {<m>: {"in", "out", "bits", "group_size", "relative_error", "rtn_relative_error",
+//                                              "damp_fraction", "dead_columns", "notes": [..]}}}
 //
+// Modules may have widths of their own. Format 1, which had one for all and "order_groups" for grid and order, is still read.
 // The same quantization gives the same bytes: no times, no machine.
 // Errors: NOT_FOUND, DATA_LOSS naming file and module.  Threads: functions.
 
@@ -16,7 +17,10 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/status.h"
@@ -26,7 +30,19 @@
 
 namespace refinery::quantize {
 
+// "full_range", "symmetric", "asymmetric"; "groups", "natural", "classic": the words of recipes and files.
+const char* GridName(Grid grid);
+const char* OrderName(ColumnOrderKind order);
+std::optional<Grid> GridFromName(std::string_view name);
+std::optional<ColumnOrderKind> OrderFromName(std::string_view name);
+nlohmann::json SettingsToJson(const GptqSettings& settings);
+// Of a quantized.json of either format. Throws nlohmann::json::exception.
+GptqSettings SettingsFromJson(const nlohmann::json& json);
+
 Status SaveQuantized(const QuantizedModel& quantized, const std::filesystem::path& folder);
+// The same bytes from a journal, one module in memory at a time; the modules are those of `quantized.reports`.
+Status SaveQuantized(const QuantizedModel& quantized, Journal& journal, const std::filesystem::path& folder,
+                     runtime::Reporter& reporter);
 StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder);
 
 // Replaces the weight of every linear layer by its dequantized one. INVALID_ARGUMENT when modules or shapes differ.

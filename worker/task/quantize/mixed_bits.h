@@ -1,0 +1,55 @@
+// worker/task/quantize/mixed_bits.h
+//
+// Which linear layers get how many bits, so that a model fits a size and loses least. Layers that a runtime fuses (q k v; gate up)
+// always get the same, or vLLM would not load them.
+//
+// The loss of a group at a width is measured on calibration tokens, on the model as it is: the error of plain rounding at its
+// outputs, tr(E H E^T) / tr(W H W^T), times the share that what the group feeds (attention, or the MLP) has in the residual
+// stream it is added to. GPTQ's own error is several times smaller, but by much the same factor everywhere.
+//
+// Errors: INVALID_ARGUMENT for a budget that even the narrowest choice exceeds.  Threads: one caller; deterministic.
+
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "worker/task/quantize/model_quantizer.h"
+
+namespace refinery::quantize {
+
+struct BitsOption {
+  int64_t bits = 0;
+  int64_t bytes = 0;  // codes, scales and zero points
+  double loss = 0;
+};
+
+struct BitsGroup {
+  std::string name;                   // "model.layers.3.qkv"
+  std::vector<std::string> modules;
+  int64_t weights = 0;
+  std::vector<BitsOption> options;    // by ascending bits
+};
+
+// Bytes of one module's codes, float16 scales and zero points.
+int64_t ModuleBytes(int64_t out, int64_t in, int64_t bits, int64_t group_size);
+
+// One option for each group, as indices, such that their bytes stay within the budget and their losses sum to the least. Exact up to
+// a rounding of sizes to 1 / 16,384 of the range between the smallest and the largest choice.
+StatusOr<std::vector<size_t>> AllotBits(const std::vector<BitsGroup>& groups, int64_t budget_bytes);
+
+// Runs the model as it is over the tokens and measures 2, 3, 4 and 8 bits for every group. `layers` as in QuantizeOptions.
+StatusOr<std::vector<BitsGroup>> MeasureBits(const model::CausalLm& model, const LayerLoader& layers, const TokenSequences& tokens,
+                                             const GptqSettings& settings, runtime::Reporter& reporter);
+
+// Bits by module, as QuantizeOptions takes them.
+std::map<std::string, int64_t> BitsByModule(const std::vector<BitsGroup>& groups, const std::vector<size_t>& chosen);
+
+// Bytes that a budget of so many bits per weight (scales and zero points counted) allows these groups.
+int64_t BudgetBytes(const std::vector<BitsGroup>& groups, double bits_per_weight);
+
+}  // namespace refinery::quantize

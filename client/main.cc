@@ -40,6 +40,7 @@ void AddCommands(CLI::App& app, Globals& globals, refinery::client::Result& resu
   AddChat(app, globals, result);
   AddData(app, globals, result);
   AddEval(app, globals, result);
+  AddLint(app, globals, result);
   AddVersion(app, globals, result);
   AddCompletion(app, globals, result);
 }

@@ -32,5 +32,6 @@ void AddVersion(CLI::App& app, Globals& globals, Result& result);
 void AddCompletion(CLI::App& app, Globals& globals, Result& result);
 void AddData(CLI::App& app, Globals& globals, Result& result);
 void AddEval(CLI::App& app, Globals& globals, Result& result);
+void AddLint(CLI::App& app, Globals& globals, Result& result);
 
 }  // namespace refinery::client

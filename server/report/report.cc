@@ -98,6 +98,10 @@ Report MakeReport(const ReportInput& input) {
     document.Heading("Data");
     document.Add(std::move(data));
   }
+  if (Table exported = ExportRows(job); !exported.rows.empty()) {
+    document.Heading("Exported formats");
+    document.Add(std::move(exported));
+  }
   document.Heading("Fallbacks and notes");
   Table notes = NoteRows(input.notes);
   if (notes.rows.empty()) {

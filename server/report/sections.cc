@@ -125,6 +125,22 @@ Table FailureRows(const v1::Job& job) {
   return table;
 }
 
+Table ExportRows(const v1::Job& job) {
+  Table table{.header = {"format", "model", "without embeddings", "linear layers / bfloat16"}, .right = {false, true, true, true}};
+  for (const v1::Task& task : job.tasks()) {
+    if (task.kind() != v1::EXPORT) continue;
+    std::map<std::string, std::map<std::string, double>> formats;  // by format and what
+    for (const v1::Measurement& measurement : task.measurements()) {
+      const size_t slash = measurement.name().find('/');
+      if (slash != std::string::npos) formats[measurement.name().substr(0, slash)][measurement.name().substr(slash + 1)] = measurement.value();
+    }
+    for (auto& [format, bytes] : formats)
+      table.rows.push_back({format, Megabytes(bytes["model_bytes"]), Megabytes(bytes["model_bytes_without_embeddings"]),
+                            Digits(bytes["linear_bytes_to_bf16"], 4)});
+  }
+  return table;
+}
+
 Table KindTimeRows(const v1::Job& job) {
   struct Total {
     int done = 0;

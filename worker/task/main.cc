@@ -19,6 +19,7 @@
 #include "worker/task/eval_command.h"
 #include "worker/task/chat.h"
 #include "worker/task/inspect.h"
+#include "worker/task/lint_command.h"
 #include "worker/task/start.h"
 #include "worker/task/tasks.h"
 
@@ -110,6 +111,21 @@ CLI::App* AddChat(CLI::App& app, refinery::task::ChatOptions& chat) {
   return command;
 }
 
+// The flags of `refinery lint`; the client hands them on as they are.
+CLI::App* AddLint(CLI::App& app, refinery::task::LintOptions& lint) {
+  CLI::App* command = app.add_subcommand("lint", "which programs will load a model quantized so");
+  command->add_option("--model", lint.model, "Hugging Face folder or GGUF file")->required();
+  command->add_option("--bits", lint.bits, "width of the codes")->check(CLI::Range(1, 16));
+  command->add_option("--group-size", lint.group_size, "-1: one group a row");
+  command->add_option("--grid", lint.grid, "full_range, symmetric or asymmetric");
+  command->add_option("--order", lint.order, "groups, natural or classic");
+  command->add_option("--mixed", lint.mixed, "further widths of single layers")->delimiter(',');
+  command->add_flag("--head", lint.head, "an untied lm_head is quantized too");
+  command->add_option("--formats", lint.formats, "of gptq,gptq_v2,compressed_tensors,gguf")->delimiter(',');
+  command->add_option("--output", lint.output, "text or json")->check(CLI::IsMember({"text", "json"}));
+  return command;
+}
+
 struct ConvertOptions {
   std::vector<std::string> inputs, columns;
   std::string output;
@@ -162,6 +178,8 @@ int main(int argc, char** argv) {
   CLI::App* score = AddEval(app, eval);
   refinery::task::ChatOptions chat;
   CLI::App* talk = AddChat(app, chat);
+  refinery::task::LintOptions lint;
+  CLI::App* check = AddLint(app, lint);
   ConvertOptions convert;
   CLI::App* table = AddConvertTable(app, convert);
   CLI11_PARSE(app, argc, argv);
@@ -180,6 +198,11 @@ int main(int argc, char** argv) {
       return absl::OkStatus();
     });
     return status.ok() ? code : Fail(status);
+  }
+  if (check->parsed()) {
+    absl::StatusOr<bool> fits = refinery::task::RunLintCommand(lint);
+    if (!fits.ok()) return Fail(fits.status());
+    return *fits ? 0 : 2;
   }
   if (table->parsed()) return ConvertTable(convert);
   if (look->parsed()) {

@@ -100,12 +100,39 @@ Status ModelFolder::ReadQuantization() {
     return InvalidArgument(file, ": quantization_config.bits is ", bits.dump(), "; 2, 3, 4 and 8 are supported");
   if (!group_size.is_number_integer() || (group_size != -1 && group_size < 1))
     return InvalidArgument(file, ": quantization_config.group_size is ", group_size.dump());
-  if (json dynamic = q.value("dynamic", json()); !dynamic.is_null() && !dynamic.empty())
-    return InvalidArgument(file, ": quantization_config.dynamic is not supported");
   gptq_ = GptqFormat{.bits = bits.get<int64_t>(),
                      .group_size = group_size.get<int64_t>(),
                      .zeros_minus_one = kind == "gptq"};
+  return ReadDynamic(q.value("dynamic", json()));
+}
+
+// {"+:<regex>": {"bits", "group_size", ..}}; "-:<regex>" excludes modules, which then have plain weights.
+Status ModelFolder::ReadDynamic(const json& dynamic) {
+  if (dynamic.is_null()) return absl::OkStatus();
+  const std::string where = (path_ / "config.json").string() + ": quantization_config.dynamic";
+  if (!dynamic.is_object()) return DataLoss(where, " is not an object");
+  for (const auto& [key, values] : dynamic.items()) {
+    if (key.starts_with("-:")) continue;
+    GptqFormat format = *gptq_;
+    const json bits = values.is_object() ? values.value("bits", json(format.bits)) : json();
+    const json size = values.is_object() ? values.value("group_size", json(format.group_size)) : json();
+    if ((bits != 2 && bits != 3 && bits != 4 && bits != 8) || !size.is_number_integer() || (size != -1 && size < 1))
+      return InvalidArgument(where, "[\"", key, "\"] is ", values.dump(), "; 2, 3, 4 or 8 bits and a group size are supported");
+    format.bits = bits.get<int64_t>();
+    format.group_size = size.get<int64_t>();
+    try {
+      overrides_.emplace_back(std::regex(key.starts_with("+:") ? key.substr(2) : key), format);
+    } catch (const std::regex_error& e) {
+      return InvalidArgument(where, "[\"", key, "\"] is not a regular expression that is understood: ", e.what());
+    }
+  }
   return absl::OkStatus();
+}
+
+GptqFormat ModelFolder::GptqFormatOf(const std::string& prefix) const {
+  for (const auto& [pattern, format] : overrides_)
+    if (std::regex_search(prefix, pattern, std::regex_constants::match_continuous)) return format;
+  return *gptq_;
 }
 
 bool ModelFolder::Has(const std::string& name) const {
@@ -152,7 +179,7 @@ StatusOr<at::Tensor> ModelFolder::Get(const std::string& name) const {
       shard_of_.count(prefix + ".qweight") == 0)
     return GetStored(name);
   RF_ASSIGN_OR_RETURN(const GptqTensors parts, GetGptq(prefix));
-  StatusOr<at::Tensor> weight = DequantizeGptq(parts, *gptq_);
+  StatusOr<at::Tensor> weight = DequantizeGptq(parts, GptqFormatOf(prefix));
   if (!weight.ok()) return Annotate(weight.status(), Join(path_.string(), ": ", prefix));
   return weight;
 }
@@ -164,7 +191,7 @@ uint64_t ModelFolder::ParameterCount() const {
     for (int64_t size : shards_[shard]->tensors().at(name).shape) count *= static_cast<uint64_t>(size);
     std::string prefix;
     if (gptq_ && TakeSuffix(name, ".qweight", &prefix)) {
-      count = count * 32 / static_cast<uint64_t>(gptq_->bits);
+      count = count * 32 / static_cast<uint64_t>(GptqFormatOf(prefix).bits);
     } else if (gptq_ && ((TakeSuffix(name, ".qzeros", &prefix) || TakeSuffix(name, ".scales", &prefix) ||
                           TakeSuffix(name, ".g_idx", &prefix)) &&
                          shard_of_.count(prefix + ".qweight") != 0)) {

@@ -112,9 +112,10 @@ Status VerifyModule(const checkpoint::SafetensorsFile& file, const std::string& 
 
 }  // namespace
 
-Status ExportCompressedTensorsFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& quantized,
+Status ExportCompressedTensorsFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& source,
                                      const ModelCard& card, const std::filesystem::path& folder) {
-  RF_RETURN_IF_ERROR(CheckModules(base, quantized, Format::kCompressedTensors));
+  RF_RETURN_IF_ERROR(CheckModules(base, source, Format::kCompressedTensors));
+  const quantize::QuantizedModel quantized = Widened(source);
   return WriteWholeFolder(folder, [&](const std::filesystem::path& partial) -> Status {
     LazyTensors tensors;
     RF_RETURN_IF_ERROR(AddKept(base, quantized, &tensors));
@@ -131,8 +132,9 @@ Status ExportCompressedTensorsFolder(const checkpoint::ModelFolder& base, const 
   });
 }
 
-Status VerifyCompressedTensorsFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& quantized,
+Status VerifyCompressedTensorsFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& source,
                                      const std::filesystem::path& folder) {
+  const quantize::QuantizedModel quantized = Widened(source);
   const std::string path = (folder / kWeights).string();
   RF_ASSIGN_OR_RETURN(const auto file, checkpoint::SafetensorsFile::Open(folder / kWeights));
   size_t count = KeptNames(base, quantized).size();

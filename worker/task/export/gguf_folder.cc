@@ -257,9 +257,10 @@ Status CompareBlocks(const std::string& path, const Part& part, const at::Tensor
 
 }  // namespace
 
-Status ExportGgufFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& quantized, const ModelCard& card,
+Status ExportGgufFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& source, const ModelCard& card,
                         const GgufOptions& options, const std::filesystem::path& folder) {
-  RF_RETURN_IF_ERROR(CheckModules(base, quantized, Format::kGguf));
+  RF_RETURN_IF_ERROR(CheckModules(base, source, Format::kGguf));
+  const quantize::QuantizedModel quantized = Widened(source);
   RF_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::FromJson(base.config()));
   return WriteWholeFolder(folder, [&](const std::filesystem::path& partial) -> Status {
     Collector collector(base, quantized, config, options);
@@ -281,8 +282,9 @@ Status ExportGgufFolder(const checkpoint::ModelFolder& base, const quantize::Qua
   });
 }
 
-Status VerifyGgufFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& quantized, const GgufOptions& options,
+Status VerifyGgufFolder(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& source, const GgufOptions& options,
                         const std::filesystem::path& folder) {
+  const quantize::QuantizedModel quantized = Widened(source);
   const std::string path = (folder / kFile).string();
   RF_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::FromJson(base.config()));
   RF_ASSIGN_OR_RETURN(const auto file, checkpoint::GgufFile::Open(folder / kFile));

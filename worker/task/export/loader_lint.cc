@@ -40,6 +40,14 @@ std::string FirstOf(std::initializer_list<std::string> problems) {
   return "";
 }
 
+// Formats with 4 and 8 bits hold single layers of 2 and 3 as 4; a whole model of them they do not.
+QuantSettings Widened(QuantSettings s) {
+  if (s.mixed.empty()) return s;
+  for (int64_t& bits : s.mixed) bits = std::max<int64_t>(bits, 4);
+  s.bits = std::max<int64_t>(s.bits, 4);
+  return s;
+}
+
 std::string BitsProblem(const QuantSettings& s, std::initializer_list<int64_t> known, const char* words) {
   for (const int64_t bits : Widths(s))
     if (std::find(known.begin(), known.end(), bits) == known.end()) return Join(bits, " bits: ", words);
@@ -93,17 +101,19 @@ std::string ExllamaProblem(const model::ModelConfig& c, const QuantSettings& s) 
                   RaggedProblem(c, s), IsMixed(s) ? "layers of several widths" : ""});
 }
 
-std::string CompressedTensorsProblem(const model::ModelConfig& c, const QuantSettings& s) {
+std::string CompressedTensorsProblem(const model::ModelConfig& c, const QuantSettings& settings) {
+  const QuantSettings s = Widened(settings);
   return FirstOf({BitsProblem(s, {4, 8}, "how 2 and 3 bits are packed differs between versions of compressed-tensors"),
                   s.act_order ? "a permuted g_idx: the format is giving it up" : "", HeadProblem(c, s), RaggedProblem(c, s),
-                  SizeProblem(c, s, 32, s.symmetric ? 1 : 32)});
+                  SizeProblem(c, s, 32, 32)});
 }
 
 std::string CompressedMarlinProblem(const model::ModelConfig& c, const QuantSettings& s) {
   return FirstOf({CompressedTensorsProblem(c, s), MarlinGroupProblem(s)});
 }
 
-std::string GgufProblem(const model::ModelConfig& c, const QuantSettings& s) {
+std::string GgufProblem(const model::ModelConfig& c, const QuantSettings& settings) {
+  const QuantSettings s = Widened(settings);
   const auto wide = [](int64_t bits) { return bits == 8; };
   const std::vector<int64_t> widths = Widths(s);
   return FirstOf({BitsProblem(s, {4, 8}, "no block type of GGUF holds such codes with a scale a group"),

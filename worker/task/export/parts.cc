@@ -101,6 +101,17 @@ at::Tensor ZerosOf(const quantize::QuantizedLinear& linear) {
   return at::full(linear.scales.sizes(), int64_t{1} << (linear.bits - 1), at::kByte);
 }
 
+quantize::QuantizedModel Widened(const quantize::QuantizedModel& quantized) {
+  quantize::QuantizedModel wide = quantized;
+  for (auto& [module, linear] : wide.linears) {
+    if (linear.bits >= 4) continue;
+    // code - zero stays what it is: symmetric codes move with their zero point, the others keep both.
+    if (!linear.zeros.defined()) linear.codes = linear.codes + (8 - (int64_t{1} << (linear.bits - 1)));
+    linear.bits = 4;
+  }
+  return wide;
+}
+
 Status CompareCodes(const std::string& path, const std::string& module, const quantize::QuantizedLinear& linear,
                     const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zeros) {
   const char* part = !SameBytes(codes, linear.codes)                    ? "codes"

@@ -61,6 +61,9 @@ ModelBytes SumBytes(const quantize::QuantizedModel& quantized, const std::vector
 // Of model.safetensors in `folder`: tensors are named after their modules.
 StatusOr<ModelBytes> MeasureFolder(const quantize::QuantizedModel& quantized, const std::filesystem::path& folder);
 
+// The quantized model as formats with 4 and 8 bits only hold it: layers of 2 and 3 bits become layers of 4 with the same weights.
+quantize::QuantizedModel Widened(const quantize::QuantizedModel& quantized);
+
 // The zero points, [out, groups] uint8, written out where they are implied.
 at::Tensor ZerosOf(const quantize::QuantizedLinear& linear);
 

@@ -134,8 +134,9 @@ StatusOr<std::shared_ptr<CausalLm>> CausalLm::Load(const checkpoint::ModelFolder
   WeightArena arena;
   const PackedSource packed = [&](const std::string& name) -> StatusOr<std::shared_ptr<const PackedWeight>> {
     RF_ASSIGN_OR_RETURN(const checkpoint::GptqTensors tensors, folder.GetGptq(name));
-    if (!PackedWeight::Takes(tensors, *folder.gptq())) return NotFound(name, " cannot stay packed");
-    return PackedWeight::Pack(tensors, *folder.gptq(), arena);
+    const checkpoint::GptqFormat format = folder.GptqFormatOf(name);
+    if (!PackedWeight::Takes(tensors, format)) return NotFound(name, " cannot stay packed");
+    return PackedWeight::Pack(tensors, format, arena);
   };
   const bool keep = options.keep_packed && folder.gptq() && options.dtype == at::kBFloat16 && options.device.is_cpu();
   StatusOr<std::shared_ptr<CausalLm>> model =

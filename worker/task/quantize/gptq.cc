@@ -22,7 +22,11 @@ void CheckSettings(const at::Tensor& weight, const GptqSettings& settings) {
               settings.group_size);
 }
 
-// A quantized matrix while it is worked on: transposed, [columns or groups, rows], codes and groups at their original place.
+// Rows that are worked on together, by one thread: few enough that their columns stay in its cache, and few enough that the
+// narrowest matrices still keep two threads busy. Fixed, so that results do not depend on the number of threads.
+constexpr int64_t kChunkRows = 96;
+
+// Some rows of a matrix while they are worked on: transposed, [columns or groups, rows], codes and groups at their original place.
 struct Columns {
   at::Tensor codes;   // uint8
   at::Tensor scales;  // float32, exact in float16
@@ -30,9 +34,7 @@ struct Columns {
 };
 
 void ForTiles(int64_t rows, const std::function<void(int64_t first_row)>& work) {
-  at::parallel_for(0, (rows + kLanes - 1) / kLanes, 1, [&](int64_t first, int64_t last) {
-    for (int64_t tile = first; tile < last; ++tile) work(tile * kLanes);
-  });
+  for (int64_t row = 0; row < rows; row += kLanes) work(row);
 }
 
 // The column loop over all rows. `values` is W^T in processing order and becomes its quantized form; `factor` U (undefined:
@@ -86,17 +88,77 @@ void Refine(const PreparedHessian& hessian, const GptqSettings& settings, at::Te
   }
 }
 
-QuantizedLinear Assemble(const Columns& columns, const ColumnOrder& order, const GptqSettings& settings, int64_t group_size) {
-  QuantizedLinear linear{.codes = columns.codes.t().contiguous(), .scales = columns.scales.t().contiguous().to(at::kHalf),
-                         .bits = settings.bits, .group_size = group_size};
-  if (settings.grid == Grid::kAsymmetric) linear.zeros = columns.zeros.t().contiguous().to(at::kByte);
-  if (!order.natural_groups) {
-    linear.group_index = at::empty({static_cast<int64_t>(order.columns.size())}, at::kInt);
-    for (size_t i = 0; i < order.columns.size(); ++i) {
+// Where the rows' results go, and what is known of each row.
+struct Output {
+  QuantizedLinear linear;
+  at::Tensor signal, rounded, error;  // [out] float64: w H w^T, and e H e^T of plain rounding and of the result
+  at::Tensor kept;                    // [out] bool: plain rounding was better
+
+  Output(int64_t rows, const ColumnOrder& order, const GptqSettings& settings, int64_t group_size) {
+    const int64_t columns = static_cast<int64_t>(order.columns.size()), groups = (columns + group_size - 1) / group_size;
+    linear = {.codes = at::empty({rows, columns}, at::kByte), .scales = at::empty({rows, groups}, at::kHalf),
+              .bits = settings.bits, .group_size = group_size};
+    if (settings.grid == Grid::kAsymmetric) linear.zeros = at::empty({rows, groups}, at::kByte);
+    signal = at::zeros({rows}, at::kDouble);
+    rounded = at::zeros({rows}, at::kDouble);
+    error = at::zeros({rows}, at::kDouble);
+    kept = at::zeros({rows}, at::kBool);
+    if (order.natural_groups) return;
+    linear.group_index = at::empty({columns}, at::kInt);
+    for (int64_t i = 0; i < columns; ++i) {
       linear.group_index.data_ptr<int32_t>()[order.columns[i]] = static_cast<int32_t>(order.group_of[i]);
     }
   }
-  return linear;
+
+  void Store(int64_t first, int64_t last, const Columns& columns) {
+    linear.codes.slice(0, first, last).copy_(columns.codes.t());
+    linear.scales.slice(0, first, last).copy_(columns.scales.t());
+    if (linear.zeros.defined()) linear.zeros.slice(0, first, last).copy_(columns.zeros.t());
+  }
+};
+
+// Calls work(first, last) for chunks of rows, each by one thread.
+void ForChunks(int64_t rows, const std::function<void(int64_t first, int64_t last)>& work) {
+  at::parallel_for(0, (rows + kChunkRows - 1) / kChunkRows, 1, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad;  // this thread's
+    for (int64_t chunk = begin; chunk < end; ++chunk) work(chunk * kChunkRows, std::min((chunk + 1) * kChunkRows, rows));
+  });
+}
+
+// Rows [first, last) of GptqPrepared. `w` is float32, `index` the processing order.
+void QuantizeRows(const at::Tensor& w, const at::Tensor& index, const PreparedHessian& hessian, const GptqSettings& settings,
+                  int64_t first, int64_t last, Output* output) {
+  const int64_t rows = last - first;
+  const auto part = [first, last](const at::Tensor& of_rows) { return of_rows.slice(0, first, last); };
+  // The weights, and beside them what plain rounding makes wrong: one product for both.
+  at::Tensor both = at::empty({w.size(1), 2 * rows}, at::kFloat);
+  at::Tensor wanted = part(w).t().contiguous().index_select(0, index), values = wanted.clone();
+  const Columns nearest = RunColumns(values, {}, {}, hessian.order, settings, hessian.group_size);
+  both.slice(1, 0, rows).copy_(wanted);
+  if (settings.alpha != 0 && hessian.cross.defined() && hessian.factor.defined()) {  // W^T + alpha H^-1 D^T W^T
+    const at::Tensor& u = hessian.factor;
+    wanted.add_(at::mm(u.t(), at::mm(u, at::mm(hessian.cross.t(), wanted))), settings.alpha);
+  }
+  both.slice(1, rows).copy_(at::sub_out(values, wanted, values));
+  const at::Tensor both_errors = hessian.RowErrors(both), nearest_errors = both_errors.slice(0, rows);
+  part(output->signal).copy_(both_errors.slice(0, 0, rows));
+  part(output->rounded).copy_(nearest_errors);
+  part(output->error).copy_(nearest_errors);
+  if (!hessian.factor.defined()) return output->Store(first, last, nearest);
+
+  values.copy_(wanted);
+  Columns result = RunColumns(values, hessian.factor, hessian.grid_weights, hessian.order, settings, hessian.group_size);
+  at::sub_out(values, wanted, values);
+  Refine(hessian, settings, values, &result);
+  // The greedy loop can lose to plain rounding in a row; rows are independent, so the better of the two is kept for each.
+  const at::Tensor errors = hessian.RowErrors(values), worse = errors.gt(nearest_errors);
+  part(output->error).copy_(at::minimum(errors, nearest_errors));
+  part(output->kept).copy_(worse);
+  if (worse.any().item<bool>()) {
+    result = {.codes = at::where(worse, nearest.codes, result.codes), .scales = at::where(worse, nearest.scales, result.scales),
+              .zeros = at::where(worse, nearest.zeros, result.zeros)};
+  }
+  output->Store(first, last, result);
 }
 
 }  // namespace
@@ -119,58 +181,36 @@ at::Tensor QuantizedLinear::Dequantize() const {
 
 QuantizedLinear RoundToNearest(const at::Tensor& weight, const GptqSettings& settings) {
   CheckSettings(weight, settings);
-  const at::NoGradGuard no_grad;
   const int64_t group_size = ResolveGroupSize(settings.group_size, weight.size(1));
   const ColumnOrder order = MakeColumnOrder(weight.size(1), group_size, ColumnOrderKind::kNatural, nullptr);
-  const at::Tensor values = weight.detach().cpu().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).t().contiguous();
-  return Assemble(RunColumns(values, {}, {}, order, settings, group_size), order, settings, group_size);
+  const at::Tensor w = weight.detach().cpu().to(at::kFloat);
+  Output output(w.size(0), order, settings, group_size);
+  ForChunks(w.size(0), [&](int64_t first, int64_t last) {
+    const at::Tensor values = w.slice(0, first, last).t().clone(at::MemoryFormat::Contiguous);
+    output.Store(first, last, RunColumns(values, {}, {}, order, settings, group_size));
+  });
+  return output.linear;
 }
 
 QuantizedLinear GptqPrepared(const std::string& name, const at::Tensor& weight, const PreparedHessian& hessian,
                              const GptqSettings& settings, GptqReport* report) {
   CheckSettings(weight, settings);
-  const ColumnOrder& order = hessian.order;
-  const int64_t columns = static_cast<int64_t>(order.columns.size());
+  const int64_t columns = static_cast<int64_t>(hessian.order.columns.size());
   TORCH_CHECK(weight.size(1) == columns, name, ": a Hessian of ", columns, " columns does not fit weight ", weight.sizes());
   const at::NoGradGuard no_grad;
-  GptqReport unused;
-  if (report == nullptr) report = &unused;
-  *report = {.damp_fraction = hessian.damp_fraction, .dead_columns = hessian.dead_columns, .notes = hessian.notes};
   const at::Tensor w = weight.detach().to(at::kFloat).cpu();
   CheckFinite(name, "weight", w);
-  at::Tensor wanted = w.index_select(1, at::tensor(order.columns, at::kLong)).t().contiguous();  // [in, out]
-  const double total = hessian.RowErrors(wanted).sum().item<double>();
+  const at::Tensor index = at::tensor(hessian.order.columns, at::kLong);
+  Output output(w.size(0), hessian.order, settings, hessian.group_size);
+  ForChunks(w.size(0), [&](int64_t first, int64_t last) { QuantizeRows(w, index, hessian, settings, first, last, &output); });
+  if (report == nullptr) return output.linear;
+  const double total = output.signal.sum().item<double>();
   const auto relative = [total](const at::Tensor& errors) { return total > 0 ? errors.sum().item<double>() / total : 0.0; };
-
-  at::Tensor values = wanted.clone();
-  const Columns nearest = RunColumns(values, {}, {}, order, settings, hessian.group_size);
-  if (!hessian.factor.defined()) {
-    report->relative_error = report->rtn_relative_error = relative(hessian.RowErrors(wanted - values));
-    return Assemble(nearest, order, settings, hessian.group_size);
-  }
-  if (settings.alpha != 0 && hessian.cross.defined()) {  // W^T + alpha H^-1 D^T W^T
-    const at::Tensor& u = hessian.factor;
-    wanted = wanted.add(at::mm(u.t(), at::mm(u, at::mm(hessian.cross.t(), wanted))), settings.alpha);
-  }
-  const at::Tensor nearest_errors = hessian.RowErrors(at::sub_out(values, wanted, values));
-  report->rtn_relative_error = relative(nearest_errors);
-
-  values.copy_(wanted);
-  Columns result = RunColumns(values, hessian.factor, hessian.grid_weights, order, settings, hessian.group_size);
-  at::sub_out(values, wanted, values);
-  Refine(hessian, settings, values, &result);
-  // The greedy loop can lose to plain rounding in a row; rows are independent, so the better of the two is kept for each.
-  const at::Tensor errors = hessian.RowErrors(values);
-  const at::Tensor worse = errors.gt(nearest_errors);
-  const int64_t kept = worse.sum().item<int64_t>();
-  if (kept > 0) {
-    result.codes = at::where(worse, nearest.codes, result.codes);
-    result.scales = at::where(worse, nearest.scales, result.scales);
-    result.zeros = at::where(worse, nearest.zeros, result.zeros);
-    report->notes.push_back(Join("plain rounding kept for ", kept, " of ", w.size(0), " rows, where it was better"));
-  }
-  report->relative_error = relative(at::minimum(errors, nearest_errors));
-  return Assemble(result, order, settings, hessian.group_size);
+  *report = {.relative_error = relative(output.error), .rtn_relative_error = relative(output.rounded),
+             .damp_fraction = hessian.damp_fraction, .dead_columns = hessian.dead_columns, .notes = hessian.notes};
+  const int64_t kept = output.kept.sum().item<int64_t>();
+  if (kept > 0) report->notes.push_back(Join("plain rounding kept for ", kept, " of ", w.size(0), " rows, where it was better"));
+  return output.linear;
 }
 
 QuantizedLinear Gptq(const std::string& name, const at::Tensor& weight, const at::Tensor& hessian,

@@ -72,9 +72,22 @@ struct PackedGptq {
 PackedGptq PackGptqV1(const QuantizedLinear& linear);
 // The same as GPTQ v2 stores it: qzeros hold the zero points themselves.
 PackedGptq PackGptqV2(const QuantizedLinear& linear);
-// What is wrong with packed tensors that claim these settings (types, shapes, zero points, g_idx); empty if nothing is.
+
+struct PackedLayout {
+  int64_t bits = 4;
+  int64_t group_size = 64;     // -1 = one group
+  int64_t version = 1;         // 1: qzeros hold zero-1; 2: the zero points themselves
+  bool symmetric = true;       // zero points other than 2^(bits-1) are damage
+  bool natural_groups = true;  // a g_idx other than i / group_size is damage
+};
+// What is wrong with packed tensors that claim this layout (types, shapes, zero points, g_idx); empty if nothing is.
+std::string PackedProblem(const PackedGptq& packed, const PackedLayout& layout);
+// The inverse of PackGptqV1 and PackGptqV2. zeros is defined only where the layout is not symmetric, group_index only where its
+// groups are not natural. c10::Error if PackedProblem is not empty.
+QuantizedLinear UnpackGptq(const PackedGptq& packed, const PackedLayout& layout);
+
+// The same for a symmetric v1 layout with groups in order.
 std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_size);
-// The inverse, for checking what was written. c10::Error if PackedProblem is not empty.
 QuantizedLinear UnpackGptqV1(const PackedGptq& packed, int64_t bits, int64_t group_size);
 
 }  // namespace refinery::quantize

@@ -63,10 +63,6 @@ at::Tensor UnpackRuns(const at::Tensor& packed, int64_t bits) {
   return values;
 }
 
-}  // namespace
-
-namespace {
-
 // `offset`: what is added to a zero point before it is stored.
 PackedGptq Pack(const QuantizedLinear& linear, int64_t offset) {
   const int64_t out = linear.codes.size(0), in = linear.codes.size(1), groups = linear.scales.size(1);
@@ -85,13 +81,20 @@ PackedGptq Pack(const QuantizedLinear& linear, int64_t offset) {
   return packed;
 }
 
+// The zero points [out, groups] uint8; v1 stores them minus one and wraps within the field, as its readers do.
+at::Tensor Zeros(const PackedGptq& packed, const PackedLayout& layout) {
+  const at::Tensor stored = UnpackRuns(packed.qzeros.t(), layout.bits).to(at::kInt);
+  return stored.add_(layout.version == 1 ? 1 : 0).bitwise_and_((1 << layout.bits) - 1).to(at::kByte);
+}
+
 }  // namespace
 
 PackedGptq PackGptqV1(const QuantizedLinear& linear) { return Pack(linear, -1); }
 
 PackedGptq PackGptqV2(const QuantizedLinear& linear) { return Pack(linear, 0); }
 
-std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_size) {
+std::string PackedProblem(const PackedGptq& packed, const PackedLayout& layout) {
+  const int64_t bits = layout.bits, group_size = layout.group_size;
   if (packed.qweight.dim() != 2 || packed.qzeros.dim() != 2 || packed.scales.dim() != 2 || packed.g_idx.dim() != 1) {
     return "a tensor has the wrong number of dimensions";
   }
@@ -108,20 +111,36 @@ std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_
   if (packed.scales.size(0) != groups || packed.scales.size(1) != out) {
     return Join("scales [", packed.scales.size(0), ", ", packed.scales.size(1), "] do not fit ", groups, " groups of ", out);
   }
-  if (packed.qzeros.size(0) != groups || packed.qzeros.size(1) != out / kRun * bits ||
-      !UnpackRuns(packed.qzeros.t(), bits).eq((int64_t{1} << (bits - 1)) - 1).all().item<bool>()) {
+  if (packed.qzeros.size(0) != groups || packed.qzeros.size(1) != out / kRun * bits) {
+    return Join("qzeros [", packed.qzeros.size(0), ", ", packed.qzeros.size(1), "] do not fit ", groups, " groups of ", out);
+  }
+  if (layout.symmetric && !Zeros(packed, layout).eq(int64_t{1} << (bits - 1)).all().item<bool>()) {
     return "qzeros do not hold the symmetric zero point";
   }
-  if (!at::equal(packed.g_idx, at::arange(in, at::kInt).floor_divide(size).to(at::kInt))) return "g_idx is not in order";
+  if (layout.natural_groups && !at::equal(packed.g_idx, at::arange(in, at::kInt).floor_divide(size).to(at::kInt))) {
+    return "g_idx is not in order";
+  }
+  if (packed.g_idx.min().item<int>() < 0 || packed.g_idx.max().item<int>() >= groups) return Join("g_idx names more than ", groups, " groups");
   if (!at::isfinite(packed.scales).all().item<bool>()) return "a scale is not finite";
   return "";
 }
 
-QuantizedLinear UnpackGptqV1(const PackedGptq& packed, int64_t bits, int64_t group_size) {
-  const std::string problem = PackedProblem(packed, bits, group_size);
+QuantizedLinear UnpackGptq(const PackedGptq& packed, const PackedLayout& layout) {
+  const std::string problem = PackedProblem(packed, layout);
   TORCH_CHECK(problem.empty(), problem);
-  return {.codes = UnpackRuns(packed.qweight, bits).t().contiguous(), .scales = packed.scales.t().contiguous(), .bits = bits,
-          .group_size = group_size <= 0 ? packed.g_idx.size(0) : group_size};
+  QuantizedLinear linear{.codes = UnpackRuns(packed.qweight, layout.bits).t().contiguous(), .scales = packed.scales.t().contiguous(),
+                         .bits = layout.bits, .group_size = layout.group_size <= 0 ? packed.g_idx.size(0) : layout.group_size};
+  if (!layout.symmetric) linear.zeros = Zeros(packed, layout);
+  if (!layout.natural_groups) linear.group_index = packed.g_idx.clone();
+  return linear;
+}
+
+std::string PackedProblem(const PackedGptq& packed, int64_t bits, int64_t group_size) {
+  return PackedProblem(packed, PackedLayout{.bits = bits, .group_size = group_size});
+}
+
+QuantizedLinear UnpackGptqV1(const PackedGptq& packed, int64_t bits, int64_t group_size) {
+  return UnpackGptq(packed, {.bits = bits, .group_size = group_size});
 }
 
 }  // namespace refinery::quantize

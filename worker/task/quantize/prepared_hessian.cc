@@ -30,28 +30,63 @@ void InvertLower(const at::Tensor& lower, at::Tensor out) {
   const at::Tensor top = out.slice(0, 0, half).slice(1, 0, half), bottom = out.slice(0, half).slice(1, half);
   InvertLower(lower.slice(0, 0, half).slice(1, 0, half), top);
   InvertLower(lower.slice(0, half).slice(1, half), bottom);
+  out.slice(0, 0, half).slice(1, half).zero_();
   out.slice(0, half).slice(1, 0, half).copy_(at::mm(bottom, at::mm(lower.slice(0, half).slice(1, 0, half), top)).neg_());
 }
 
+// target[i][j] = source[index[i]][index[j]], in one pass.
+template <typename T>
+at::Tensor Permuted(const at::Tensor& source, const std::vector<int64_t>& index) {
+  const int64_t n = source.size(0);
+  at::Tensor target = at::empty({n, n}, c10::CppTypeToScalarType<T>::value);
+  const float* from = source.const_data_ptr<float>();
+  T* to = target.data_ptr<T>();
+  at::parallel_for(0, n, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = from + index[i] * n;
+      for (int64_t j = 0; j < n; ++j) to[i * n + j] = static_cast<T>(row[index[j]]);
+    }
+  });
+  return target;
+}
+
+// The upper triangle of J M J for a lower triangular M, J the reversal; float32.
+template <typename T>
+at::Tensor Reversed(const at::Tensor& lower) {
+  const int64_t n = lower.size(0);
+  at::Tensor target = at::zeros({n, n}, at::kFloat);
+  const T* from = lower.const_data_ptr<T>();
+  float* to = target.data_ptr<float>();
+  at::parallel_for(0, n, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* row = from + (n - 1 - i) * n;
+      for (int64_t j = i; j < n; ++j) to[i * n + j] = static_cast<float>(row[n - 1 - j]);
+    }
+  });
+  return target;
+}
+
 // U with H^-1 = U^T U, upper triangular. With J the reversal, J H J = L L^T gives U = J L^-1 J: one factorisation and one
-// triangular inverse instead of the paper's inverse and second Cholesky, and more accurate. `reversed` is J H J. Undefined if
-// the damped H is not positive definite.
-at::Tensor InverseFactor(const at::Tensor& reversed, double damp) {
-  at::Tensor damped = reversed.clone();
+// triangular inverse instead of the paper's inverse and second Cholesky, and more accurate. `backwards` is the processing order
+// from its end. Undefined if the damped H is not positive definite.
+template <typename T>
+at::Tensor InverseFactor(const at::Tensor& hessian, const std::vector<int64_t>& backwards, double damp) {
+  at::Tensor damped = Permuted<T>(hessian, backwards);
   damped.diagonal().add_(damp);
   auto [lower, info] = at::linalg_cholesky_ex(damped);
-  if (info.item<int32_t>() != 0) return {};
-  damped.zero_();
+  if (info.template item<int32_t>() != 0) return {};
   InvertLower(lower, damped);
-  const at::Tensor factor = damped.to(at::kFloat).flip({0, 1});
+  const at::Tensor factor = Reversed<T>(damped);
   if (!std::isfinite(factor.sum().item<float>()) || !(factor.diagonal().min().item<float>() > 0)) return {};
   return factor;
 }
 
 // Raises the damping until the factorisation succeeds; undefined if it never does.
-at::Tensor DampedFactor(const at::Tensor& reversed, double damp_fraction, PreparedHessian* prepared) {
+at::Tensor DampedFactor(const at::Tensor& hessian, const ColumnOrder& order, double damp_fraction, PreparedHessian* prepared) {
+  const std::vector<int64_t> backwards(order.columns.rbegin(), order.columns.rend());
   for (double damp = damp_fraction; damp <= kLargestDamp; damp = std::max(2 * damp, kSmallestRaisedDamp)) {
-    at::Tensor factor = InverseFactor(reversed, damp);
+    at::Tensor factor = hessian.size(0) <= kFloat64Columns ? InverseFactor<double>(hessian, backwards, damp)
+                                                           : InverseFactor<float>(hessian, backwards, damp);
     if (!factor.defined()) continue;
     prepared->damp_fraction = damp;
     if (damp != damp_fraction) prepared->notes.push_back(Join("damp_fraction raised from ", damp_fraction, " to ", damp));
@@ -132,9 +167,9 @@ PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessia
   TORCH_CHECK(hessian.dim() == 2 && hessian.size(0) == hessian.size(1), name, ": Hessian ", hessian.sizes(), " is not square");
   const at::NoGradGuard no_grad;
   const int64_t columns = hessian.size(0);
-  at::Tensor h = hessian.detach().to(at::kFloat);
+  at::Tensor h = hessian.detach().cpu().to(at::kFloat).contiguous();
   CheckFinite(name, "Hessian of the calibration inputs", h);
-  at::Tensor diagonal = h.diagonal().cpu().contiguous();
+  at::Tensor diagonal = h.diagonal().contiguous();
   const at::Tensor dead = diagonal.le(0);
   PreparedHessian prepared{.group_size = ResolveGroupSize(settings.group_size, columns), .damp_fraction = settings.damp_fraction,
                            .dead_columns = dead.sum().item<int64_t>()};
@@ -142,30 +177,23 @@ PreparedHessian PrepareHessian(const std::string& name, const at::Tensor& hessia
   const int64_t live = columns - prepared.dead_columns;
   const double mean = live == 0 ? 1.0 : diagonal.to(at::kDouble).sum().item<double>() / static_cast<double>(live);
   h = h / mean;
-  const auto permuted = [](const at::Tensor& m, const at::Tensor& places) {
-    const at::Tensor on_device = places.to(m.device());
-    return m.index_select(0, on_device).index_select(1, on_device);
-  };
   // Nothing is known about columns whose input was always zero and nothing depends on them, so they are rounded to nearest;
   // a diagonal entry of one keeps the matrix positive definite.
   diagonal = (diagonal / mean).masked_fill_(dead, 1.0);
   prepared.order = MakeColumnOrder(columns, prepared.group_size, settings.order, diagonal.const_data_ptr<float>());
-  const at::Tensor index = at::tensor(prepared.order.columns, at::kLong);
-  prepared.matrix = permuted(h, index).cpu();
+  prepared.matrix = Permuted<float>(h, prepared.order.columns);
   if (live == 0) {
     prepared.notes.push_back("all calibration inputs are zero: rounded to nearest");
     return prepared;
   }
   h.diagonal().copy_(diagonal);
-  const at::ScalarType type = columns <= kFloat64Columns ? at::kDouble : at::kFloat;
-  prepared.factor = DampedFactor(permuted(h, index.flip(0)).to(type), settings.damp_fraction, &prepared);
+  prepared.factor = DampedFactor(h, prepared.order, settings.damp_fraction, &prepared);
   if (!prepared.factor.defined()) return prepared;
-  prepared.factor = prepared.factor.cpu().contiguous();
   prepared.grid_weights = prepared.factor.diagonal().square().reciprocal_();
   if (cross.defined()) {
     TORCH_CHECK(cross.sizes() == hessian.sizes(), name, ": a cross matrix ", cross.sizes(), " beside a Hessian ", hessian.sizes());
     CheckFinite(name, "cross matrix of the calibration inputs", cross);
-    prepared.cross = permuted(cross.detach().to(at::kFloat) / mean, index).cpu();
+    prepared.cross = Permuted<float>((cross.detach().cpu().to(at::kFloat) / mean).contiguous(), prepared.order.columns);
   }
   return prepared;
 }

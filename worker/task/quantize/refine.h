@@ -19,7 +19,7 @@ struct RefineBlock {
   int64_t rows = 0;               // of the whole matrix: the stride of all that follow
   int64_t bits = 4;
   int64_t begin = 0, end = 0;     // columns of this block, at most kMaxBlock
-  int64_t sweeps = 1;             // over the codes of the block, each with the scales after it
+  int64_t sweeps = 2;             // over the codes of the block, each with the scales after it
   const int64_t* original = nullptr;      // as in ColumnBlock
   const int64_t* group_of = nullptr;
   const int64_t* fit_columns = nullptr;   // groups that do not lie in the block as a whole keep their scales

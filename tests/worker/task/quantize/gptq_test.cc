@@ -10,6 +10,7 @@
 #include "worker/task/quantize/gptq.h"
 #include "worker/task/quantize/grid.h"
 #include "worker/task/quantize/hessian.h"
+#include "worker/task/quantize/prepared_hessian.h"
 #include "worker/task/runtime/reporter.h"
 
 namespace refinery::quantize {
@@ -42,20 +43,22 @@ double Objective(const at::Tensor& weight, const at::Tensor& quantized, const at
 }
 
 // GPTQ as the paper writes it, in float64, one weight at a time and one column after the other: the inverse Hessian is
-// recomputed by Gaussian elimination of the finished column (equation 3) instead of by any Cholesky factor. The grid (one
-// scale for each row and group) and the column order are given.
-at::Tensor PaperGptq(const Layer& layer, const std::vector<int64_t>& order, const at::Tensor& scales, int64_t group_size,
-                     int64_t bits, double damp_fraction) {
-  at::Tensor w = layer.weight.to(at::kDouble).clone();
-  at::Tensor h = layer.hessian.to(at::kDouble).clone();
+// recomputed by Gaussian elimination of the finished column (equation 3) instead of by any Cholesky factor. The grid (a scale
+// and a zero point for each row and group) and the column order are those of `ours`.
+at::Tensor PaperGptq(const at::Tensor& weight, const at::Tensor& hessian, const std::vector<int64_t>& order,
+                     const QuantizedLinear& ours, double damp_fraction) {
+  at::Tensor w = weight.to(at::kDouble).clone();
+  at::Tensor h = hessian.to(at::kDouble).clone();
   h.diagonal().add_(damp_fraction * h.diagonal().mean().item<double>());
   at::Tensor inverse = at::linalg_inv(h);
   at::Tensor quantized = at::zeros_like(w);
-  const double zero = std::pow(2.0, static_cast<double>(bits - 1));
+  const double levels = std::pow(2.0, static_cast<double>(ours.bits));
   for (const int64_t c : order) {
-    const at::Tensor scale = scales.select(1, c / group_size).to(at::kDouble);
+    const int64_t group = ours.group_index.defined() ? ours.group_index[c].item<int64_t>() : c / ours.group_size;
+    const at::Tensor scale = ours.scales.select(1, group).to(at::kDouble);
+    const at::Tensor zero = ours.zeros.defined() ? ours.zeros.select(1, group).to(at::kDouble) : at::full_like(scale, levels / 2);
     const at::Tensor column = w.select(1, c).clone();
-    const at::Tensor rounded = scale * at::clamp(at::round(column / scale), -zero, zero - 1);
+    const at::Tensor rounded = scale * (at::clamp(at::round(column / scale) + zero, 0, levels - 1) - zero);
     quantized.select(1, c).copy_(rounded);
     const at::Tensor row = inverse.select(0, c).clone();
     const double pivot = inverse[c][c].item<double>();
@@ -65,46 +68,123 @@ at::Tensor PaperGptq(const Layer& layer, const std::vector<int64_t>& order, cons
   return quantized;
 }
 
-// Groups by their loudest column, columns inside by loudness: from the description, with argsort.
-std::vector<int64_t> GroupAwareOrder(const at::Tensor& hessian, int64_t group_size) {
+// From the description, with argsort: groups by their loudest column, columns inside by loudness; or all by loudness.
+std::vector<int64_t> PaperOrder(const at::Tensor& hessian, int64_t group_size, ColumnOrderKind kind) {
   const at::Tensor diagonal = hessian.diagonal();
-  const int64_t groups = diagonal.size(0) / group_size;
-  const at::Tensor loudest = std::get<0>(diagonal.view({groups, group_size}).max(1));
+  const int64_t columns = diagonal.size(0);
   std::vector<int64_t> order;
-  const at::Tensor group_order = loudest.argsort(0, true);
-  for (int64_t i = 0; i < groups; ++i) {
-    const int64_t g = group_order[i].item<int64_t>();
-    const at::Tensor inside = diagonal.slice(0, g * group_size, (g + 1) * group_size).argsort(0, true);
-    for (int64_t j = 0; j < group_size; ++j) order.push_back(g * group_size + inside[j].item<int64_t>());
+  if (kind != ColumnOrderKind::kGroups) {
+    const at::Tensor all = kind == ColumnOrderKind::kClassic ? diagonal.argsort(0, true) : at::arange(columns);
+    return {all.const_data_ptr<int64_t>(), all.const_data_ptr<int64_t>() + columns};
+  }
+  std::vector<at::Tensor> loudest;
+  for (int64_t c = 0; c < columns; c += group_size) loudest.push_back(diagonal.slice(0, c, c + group_size).max());
+  const at::Tensor group_order = at::stack(loudest).argsort(0, true);
+  for (int64_t i = 0; i < group_order.size(0); ++i) {
+    const int64_t first = group_order[i].item<int64_t>() * group_size;
+    const at::Tensor inside = diagonal.slice(0, first, first + group_size).argsort(0, true);
+    for (int64_t k = 0; k < inside.size(0); ++k) order.push_back(first + inside[k].item<int64_t>());
   }
   return order;
 }
 
-// Goal: blocks, lazy updates, reversed factorisation and row tiles give what the paper's recursion gives.
-// Method: PaperGptq with the grid that we chose; sizes on both sides of block and tile borders.
-TEST(GptqTest, ObjectiveIsThatOfThePaper) {
+// Goal: blocks, lazy updates, reversed factorisation and row tiles give what the paper's recursion gives, on every grid and in
+// every order.  Method: PaperGptq with the grid that we chose; sizes on both sides of block, tile and group borders.
+TEST(GptqTest, ObjectiveAndCodesAreThoseOfThePaper) {
   struct Case {
     int64_t out, in, group_size, bits;
-    bool order_groups;
+    ColumnOrderKind order = ColumnOrderKind::kGroups;
+    Grid grid = Grid::kFullRange;
   };
-  for (const Case& c : {Case{48, 192, 32, 4, true}, Case{33, 320, 64, 3, true}, Case{64, 320, 320, 4, true},
-                        Case{40, 256, 64, 2, false}, Case{40, 384, 192, 8, true}}) {
-    SCOPED_TRACE(::testing::Message() << c.out << "x" << c.in << " g" << c.group_size << " b" << c.bits);
+  for (const Case& c : {Case{48, 192, 32, 4}, Case{33, 320, 64, 3}, Case{64, 320, -1, 4}, Case{40, 256, 64, 2, ColumnOrderKind::kNatural},
+                        Case{40, 384, 192, 8}, Case{130, 576, 128, 4}, Case{32, 96, 64, 3, ColumnOrderKind::kNatural},
+                        Case{40, 192, 16, 2, ColumnOrderKind::kClassic}, Case{40, 352, 128, 4, ColumnOrderKind::kClassic, Grid::kSymmetric},
+                        Case{40, 256, 32, 2, ColumnOrderKind::kGroups, Grid::kAsymmetric},
+                        Case{40, 224, 64, 4, ColumnOrderKind::kClassic, Grid::kAsymmetric},
+                        Case{40, 192, 64, 3, ColumnOrderKind::kGroups, Grid::kSymmetric},
+                        Case{40, 192, 64, 8, ColumnOrderKind::kNatural, Grid::kAsymmetric}}) {
+    SCOPED_TRACE(::testing::Message() << c.out << "x" << c.in << " g" << c.group_size << " b" << c.bits << " order "
+                                      << static_cast<int>(c.order) << " grid " << static_cast<int>(c.grid));
     const Layer layer = SeededLayer(c.out, c.in, 1024, 7);
     GptqReport report;
-    const QuantizedLinear ours = Gptq("layer", layer.weight, layer.hessian,
-                                      {.bits = c.bits, .group_size = c.group_size,
-                                       .order = c.order_groups ? ColumnOrderKind::kGroups : ColumnOrderKind::kNatural,
-                                       .refine_sweeps = 0},
-                                      &report);
-    std::vector<int64_t> order(c.in);
-    for (int64_t i = 0; i < c.in; ++i) order[i] = i;
-    if (c.order_groups) order = GroupAwareOrder(layer.hessian, c.group_size);
-    const at::Tensor paper = PaperGptq(layer, order, ours.scales, c.group_size, c.bits, 0.01);
+    const QuantizedLinear ours =
+        Gptq("layer", layer.weight, layer.hessian,
+             {.bits = c.bits, .group_size = c.group_size, .grid = c.grid, .order = c.order, .refine_sweeps = 0}, &report);
+    EXPECT_EQ(ours.group_index.defined(), c.order == ColumnOrderKind::kClassic);
+    EXPECT_EQ(ours.zeros.defined(), c.grid == Grid::kAsymmetric);
+    const std::vector<int64_t> order = PaperOrder(layer.hessian, ours.group_size, c.order);
+    const at::Tensor paper = PaperGptq(layer.weight, layer.hessian, order, ours, 0.01);
     const double wanted = Objective(layer.weight, paper, layer.hessian);
     EXPECT_NEAR(Objective(layer.weight, ours.Dequantize(), layer.hessian), wanted, 1e-5 * wanted);
+    const at::Tensor differs = (ours.Dequantize().to(at::kDouble) - paper).abs().gt(1e-4 * paper.abs().max());
+    EXPECT_LE(differs.sum().item<int64_t>(), paper.numel() / 2000) << "more than ties";
     EXPECT_TRUE(report.notes.empty()) << report.notes[0];
     EXPECT_EQ(report.damp_fraction, 0.01);
+    if (!ours.group_index.defined()) continue;
+    for (int64_t i = 0; i < c.in; ++i) EXPECT_EQ(ours.group_index[order[i]].item<int64_t>(), i / ours.group_size);
+  }
+}
+
+// Goal: GPTAQ's target.  Method: min over Q of |W Xn - Q Xq|^2 + damping |target - Q|^2 by a float64 solve: target = W + alpha W D
+// H^-1, D = (Xn - Xq) Xq^T; the codes must be the paper's recursion on it, and with alpha 1 the outputs nearer than without.
+TEST(GptqTest, CrossMatrixMovesTheTargetToTheNativeOutputs) {
+  const Layer layer = SeededLayer(48, 160, 2048, 21);
+  const at::Tensor native = layer.inputs + 0.3 * at::mm(layer.inputs, at::randn({160, 160}) / std::sqrt(160.0)) + 0.1 * at::randn({2048, 160});
+  const at::Tensor cross = at::mm((native - layer.inputs).t(), layer.inputs);
+  at::Tensor damped = layer.hessian.to(at::kDouble).clone();
+  damped.diagonal().add_(0.01 * damped.diagonal().mean().item<double>());
+  const at::Tensor shift = at::linalg_solve(damped, at::mm(layer.weight.to(at::kDouble), cross.to(at::kDouble)).t()).t();
+  const auto distance = [&](const QuantizedLinear& q) {
+    return (at::mm(native, layer.weight.t()) - at::mm(layer.inputs, q.Dequantize().t())).square().sum().item<double>();
+  };
+  double plain = 0;
+  for (const double alpha : {0.0, 0.25, 1.0}) {
+    GptqSettings settings{.bits = 3, .group_size = 32, .alpha = alpha, .refine_sweeps = 0};
+    const PreparedHessian prepared = PrepareHessian("layer", layer.hessian, settings, cross);
+    const QuantizedLinear ours = GptqPrepared("layer", layer.weight, prepared, settings, nullptr);
+    const at::Tensor target = layer.weight.to(at::kDouble) + alpha * shift;
+    const at::Tensor paper = PaperGptq(target, layer.hessian, PaperOrder(layer.hessian, 32, ColumnOrderKind::kGroups), ours, 0.01);
+    const double wanted = Objective(target, paper, layer.hessian);
+    EXPECT_NEAR(Objective(target, ours.Dequantize(), layer.hessian), wanted, 1e-5 * wanted) << alpha;
+    settings.refine_sweeps = 2;
+    const double ours_distance = distance(GptqPrepared("layer", layer.weight, prepared, settings, nullptr));
+    if (alpha == 0) plain = ours_distance;
+    if (alpha == 1) {
+      EXPECT_LT(ours_distance, 0.7 * plain);
+    }
+  }
+}
+
+// Goal: coordinate descent ends where no single code and no single scale can do better, and never raises a row's objective.
+// Method: the damped objective in float64, with every code moved up and down by one.
+TEST(GptqTest, RefinedCodesCannotBeImprovedOneAtATime) {
+  for (const Grid grid : {Grid::kFullRange, Grid::kAsymmetric}) {
+    const Layer layer = SeededLayer(40, 160, 1024, 31);
+    GptqSettings settings{.bits = 2, .group_size = 32, .grid = grid, .refine_sweeps = 0};
+    at::Tensor h = layer.hessian.to(at::kDouble).clone();
+    h.diagonal().add_(0.01 * h.diagonal().mean().item<double>());
+    const auto rows = [&](const QuantizedLinear& q) {
+      const at::Tensor e = layer.weight.to(at::kDouble) - q.Dequantize().to(at::kDouble);
+      return (at::mm(e, h) * e).sum(1);
+    };
+    const at::Tensor before = rows(Gptq("layer", layer.weight, layer.hessian, settings, nullptr));
+    settings.refine_sweeps = 1;
+    const at::Tensor once = rows(Gptq("layer", layer.weight, layer.hessian, settings, nullptr));
+    settings.refine_sweeps = 60;
+    const QuantizedLinear refined = Gptq("layer", layer.weight, layer.hessian, settings, nullptr);
+    const at::Tensor after = rows(refined);
+    EXPECT_TRUE(once.le(before * (1 + 1e-6)).all().item<bool>());
+    EXPECT_TRUE(after.le(once * (1 + 1e-6)).all().item<bool>());
+    EXPECT_LT(once.sum().item<double>(), 0.97 * before.sum().item<double>());
+    const at::Tensor e = layer.weight.to(at::kDouble) - refined.Dequantize().to(at::kDouble);
+    const at::Tensor gradient = at::mm(e, h);
+    const at::Tensor scales = refined.scales.to(at::kDouble).repeat_interleave(32, 1);
+    for (const double step : {-1.0, 1.0}) {
+      const at::Tensor code = refined.codes.to(at::kDouble) + step;
+      const at::Tensor gain = 2 * step * scales * gradient - (step * scales).square() * h.diagonal();
+      const at::Tensor better = code.ge(0).logical_and(code.le(3)).logical_and(gain.gt(1e-6 * after.unsqueeze(1)));
+      EXPECT_EQ(better.sum().item<int64_t>(), 0) << "step " << step;
+    }
   }
 }
 
@@ -206,16 +286,67 @@ TEST(GptqTest, DeadColumnsAndZeroRowsAreHarmless) {
   EXPECT_LE(off.median().item<float>(), 0.5f);
 }
 
-// One token, constant inputs, no input at all: the Hessian has rank one or zero and damping alone carries it.
-TEST(GptqTest, DegenerateCalibrationStillGivesAFiniteResult) {
-  const Layer layer = SeededLayer(32, 96, 1, 9);
-  const at::Tensor constant = at::ones({200, 96});
-  for (const at::Tensor& inputs : {layer.inputs, constant, at::zeros({10, 96})}) {
-    GptqReport report;
-    const QuantizedLinear ours = Gptq("layer", layer.weight, at::mm(inputs.t(), inputs), {.group_size = 32}, &report);
-    EXPECT_TRUE(at::isfinite(ours.Dequantize()).all().item<bool>());
-    EXPECT_LE(report.relative_error, report.rtn_relative_error);
-    EXPECT_LE((ours.Dequantize() - layer.weight).abs().max().item<double>(), 0.1);
+// One token, constant inputs, no input at all: the Hessian has rank one or zero and damping alone carries it. A row of zeros,
+// a constant row, one weight far from all others and weights of one sign, on every grid and in every order.
+TEST(GptqTest, DegenerateCalibrationAndRowsStillGiveAFiniteResult) {
+  Layer layer = SeededLayer(40, 96, 1, 9);
+  layer.weight[0].zero_();
+  layer.weight[1].fill_(0.03);
+  layer.weight[2][5] = 40.0;
+  layer.weight[3].abs_();
+  layer.weight[4].abs_().neg_();
+  layer.weight[5].slice(0, 0, 32).zero_();
+  for (const Grid grid : {Grid::kFullRange, Grid::kSymmetric, Grid::kAsymmetric}) {
+    for (const ColumnOrderKind order : {ColumnOrderKind::kGroups, ColumnOrderKind::kNatural, ColumnOrderKind::kClassic}) {
+      for (const int64_t bits : {2, 3, 4, 8}) {
+        for (const at::Tensor& inputs : {layer.inputs, at::ones({200, 96}), at::zeros({10, 96})}) {
+          GptqReport report;
+          const QuantizedLinear ours = Gptq("layer", layer.weight, at::mm(inputs.t(), inputs),
+                                            {.bits = bits, .group_size = 32, .grid = grid, .order = order}, &report);
+          SCOPED_TRACE(::testing::Message() << bits << " bits, grid " << static_cast<int>(grid) << ", order " << static_cast<int>(order));
+          const at::Tensor values = ours.Dequantize();
+          EXPECT_TRUE(at::isfinite(values).all().item<bool>());
+          EXPECT_TRUE(ours.scales.ne(0).all().item<bool>());
+          EXPECT_LE(report.relative_error, report.rtn_relative_error);
+          EXPECT_EQ(values[0].abs().max().item<float>(), 0.0f);
+          EXPECT_LE((values - layer.weight).abs()[6].max().item<double>(), bits == 2 ? 0.2 : 0.1);
+          if (!inputs.any().item<bool>()) {
+            EXPECT_THAT(report.notes, ::testing::Contains(HasSubstr("all calibration inputs are zero")));
+          }
+          if (ours.zeros.defined()) {
+            EXPECT_GE(ours.zeros.min().item<int64_t>(), 1) << "GPTQ v1 cannot store 0";
+            EXPECT_LE(ours.zeros.max().item<int64_t>(), (int64_t{1} << bits) - 1);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Goal: each grid covers what it says.  Method: values that lie on it exactly come back exactly.
+TEST(GridTest, WeightsOnEachGridComeBackExactly) {
+  at::manual_seed(12);
+  for (const int64_t bits : {2, 3, 4, 8}) {
+    const int64_t levels = int64_t{1} << bits;
+    for (const int64_t zero : {int64_t{0}, int64_t{1}, levels / 2, levels - 1}) {
+      at::Tensor codes = at::randint(0, levels, {33, 64}).to(at::kFloat);
+      codes.select(1, 3).fill_(0);
+      codes.select(1, 9).fill_(static_cast<double>(levels - 1));
+      const at::Tensor weight = (codes - static_cast<double>(zero)) * 0.125;
+      const QuantizedLinear q = RoundToNearest(weight, {.bits = bits, .group_size = 64, .grid = Grid::kAsymmetric, .smallest_zero = 0});
+      EXPECT_TRUE(at::equal(q.Dequantize(), weight)) << bits << " bits, zero " << zero;
+      EXPECT_TRUE(q.zeros.eq(zero).all().item<bool>());
+    }
+    // Positive weights with a zero point of at least 1: one code is given up, and the scale covers the rest again.
+    const at::Tensor positive = (at::rand({33, 64}) + 0.2) * 0.1;
+    const QuantizedLinear q = RoundToNearest(positive, {.bits = bits, .group_size = 64, .grid = Grid::kAsymmetric});
+    EXPECT_TRUE(q.zeros.ge(1).all().item<bool>());
+    if (bits == 8) {
+      EXPECT_LT((q.Dequantize() - positive).abs().max().item<double>(), 0.12 / 254);
+    }
+    const QuantizedLinear symmetric = RoundToNearest(positive - 0.07, {.bits = bits, .group_size = 64, .grid = Grid::kSymmetric});
+    EXPECT_TRUE(symmetric.scales.gt(0).all().item<bool>());
+    EXPECT_FALSE(symmetric.zeros.defined());
   }
 }
 

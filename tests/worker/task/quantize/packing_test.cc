@@ -70,6 +70,34 @@ TEST(PackingTest, RaggedAndWholeRowGroupsRoundTrip) {
   }
 }
 
+// Zero points of each group's own and a permuted g_idx, in both versions, whole and ragged groups.
+TEST(PackingTest, AsymmetricAndActOrderLayersRoundTrip) {
+  at::manual_seed(2);
+  const at::Tensor inputs = at::randn({300, 96}) * at::exp(at::randn({96}));
+  for (const int64_t bits : {2, 3, 4, 8}) {
+    for (const int64_t group_size : {16, 32, 64, -1}) {
+      const QuantizedLinear linear = Gptq("layer", at::randn({64, 96}), at::mm(inputs.t(), inputs),
+                                          {.bits = bits, .group_size = group_size, .grid = Grid::kAsymmetric,
+                                           .order = ColumnOrderKind::kClassic}, nullptr);
+      for (const int64_t version : {1, 2}) {
+        const PackedGptq packed = version == 1 ? PackGptqV1(linear) : PackGptqV2(linear);
+        const PackedLayout layout{.bits = bits, .group_size = group_size, .version = version, .symmetric = false, .natural_groups = false};
+        const QuantizedLinear back = UnpackGptq(packed, layout);
+        EXPECT_TRUE(at::equal(back.codes, linear.codes) && at::equal(back.zeros, linear.zeros));
+        EXPECT_TRUE(at::equal(back.group_index, linear.group_index));
+        EXPECT_TRUE(at::equal(back.Dequantize(), linear.Dequantize()));
+        PackedGptq broken = packed;
+        broken.g_idx = packed.g_idx + 1;
+        EXPECT_NE(PackedProblem(broken, layout), "");
+      }
+    }
+  }
+  QuantizedLinear zero = RoundToNearest(at::randn({32, 64}), {.bits = 4, .group_size = 32, .grid = Grid::kAsymmetric});
+  zero.zeros.select(0, 3).zero_();
+  EXPECT_THROW(PackGptqV1(zero), c10::Error);
+  EXPECT_TRUE(at::equal(UnpackGptq(PackGptqV2(zero), {.bits = 4, .group_size = 32, .version = 2, .symmetric = false}).zeros, zero.zeros));
+}
+
 TEST(PackingTest, RefusesWhatIsNotSymmetricOrNotInOrder) {
   const QuantizedLinear linear = RoundToNearest(at::randn({32, 64}), {.bits = 4, .group_size = 32});
   PackedGptq packed = PackGptqV1(linear);

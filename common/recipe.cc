@@ -75,9 +75,26 @@ void FillRest(v1::Recipe* recipe) {
   gptq->set_damp_fraction(Or(gptq->damp_fraction(), 0.01));
   gptq->set_calibration_tokens(Or(gptq->calibration_tokens(), 16384));
   gptq->set_sequence_length(Or(gptq->sequence_length(), 256));
+  gptq->set_grid(Or(gptq->grid(), "full_range"));
+  gptq->set_order(Or(gptq->order(), "groups"));
+  gptq->set_held_out_tokens(Or(gptq->held_out_tokens(), 2048));
+  v1::CalibrationMix* mix = gptq->mutable_calibration();
+  if (!mix->general().empty()) mix->set_general_share(Or(mix->general_share(), 0.5));
+  mix->set_duplicate_threshold(Or(mix->duplicate_threshold(), 0.8));
+  v1::Recover* recover = recipe->mutable_quantize()->mutable_recover();
+  if (!recover->has_enabled()) recover->set_enabled(true);
+  recover->set_steps(Or(recover->steps(), 100));
+  recover->set_tokens_per_step(Or(recover->tokens_per_step(), 512));
+  recover->set_learning_rate(Or(recover->learning_rate(), 0.004));
+  recover->set_sequence_length(Or(recover->sequence_length(), 256));
+  if (!recover->has_patience()) recover->set_patience(3);
+  recover->set_evaluate_every(Or(recover->evaluate_every(), 25));
+  recover->set_checkpoint_every(Or(recover->checkpoint_every(), 25));
   v1::Evaluate* evaluate = recipe->mutable_evaluate();
   evaluate->set_latency_tokens(Or(evaluate->latency_tokens(), 32));
   evaluate->set_shards(Or(evaluate->shards(), 1));
+  v1::Export* written = recipe->mutable_export_();
+  if (written->formats().empty()) written->add_formats("gptq");
   for (v1::Benchmark& benchmark : *evaluate->mutable_benchmarks()) {
     auto known = KnownBenchmarks().find(benchmark.name());
     if (known != KnownBenchmarks().end() && benchmark.split().empty()) benchmark.set_split(known->second);
@@ -100,6 +117,10 @@ void ResolvePaths(const fs::path& folder, v1::Recipe* recipe) {
   if (recipe->has_teacher()) recipe->mutable_teacher()->set_model(resolve(recipe->teacher().model()));
   if (recipe->data().has_seeds())
     recipe->mutable_data()->mutable_seeds()->set_file(resolve(recipe->data().seeds().file()));
+  if (recipe->quantize().gptq().has_calibration()) {
+    v1::CalibrationMix* mix = recipe->mutable_quantize()->mutable_gptq()->mutable_calibration();
+    mix->set_general(resolve(mix->general()));
+  }
   if (!recipe->has_evaluate()) return;
   for (v1::Benchmark& benchmark : *recipe->mutable_evaluate()->mutable_benchmarks())
     benchmark.set_file(resolve(benchmark.file()));
@@ -187,6 +208,9 @@ StatusOr<std::map<std::string, fs::path>> RecipeFiles(const v1::Recipe& recipe, 
     RF_ASSIGN_OR_RETURN(files["seeds"], GivenFile("data.seeds.file", seeds.file()));
   } else {
     RF_ASSIGN_OR_RETURN(files["seeds"], BenchmarkFile(seeds.benchmark(), seeds.split(), data_folder));
+  }
+  if (const std::string& general = recipe.quantize().gptq().calibration().general(); !general.empty()) {
+    RF_ASSIGN_OR_RETURN(files["general"], GivenFile("quantize.gptq.calibration.general", general));
   }
   for (const v1::Benchmark& benchmark : recipe.evaluate().benchmarks()) {
     const std::string role = Join("benchmark/", benchmark.name());

@@ -215,7 +215,34 @@ Status CheckSearch(const v1::Search& search) {
   return absl::OkStatus();
 }
 
+Status CheckCalibration(const v1::CalibrationMix& mix) {
+  RF_RETURN_IF_ERROR(Between("quantize.gptq.calibration.general_share", mix.general_share(), 0, 1));
+  if (mix.general_share() > 0 && mix.general().empty())
+    return InvalidArgument("quantize.gptq.calibration.general_share is ", mix.general_share(),
+                           ", but quantize.gptq.calibration.general names no file");
+  return Require(mix.duplicate_threshold() > 0 && mix.duplicate_threshold() <= 1,
+                 "quantize.gptq.calibration.duplicate_threshold", "> 0 and at most 1", mix.duplicate_threshold());
+}
+
+// What else quantization is held to: a size, a quality.
+Status CheckBudgets(const v1::Gptq& gptq) {
+  if (gptq.bits_budget() != 0) {
+    RF_RETURN_IF_ERROR(Between("quantize.gptq.bits_budget", gptq.bits_budget(), 2, 9));
+    if (gptq.bytes_budget() != 0)
+      return InvalidArgument("quantize.gptq.bytes_budget goes not together with quantize.gptq.bits_budget; give one of them");
+  }
+  RF_RETURN_IF_ERROR(NotNegative("quantize.gptq.max_kl", gptq.max_kl()));
+  if (gptq.max_ppl_ratio() != 0)
+    RF_RETURN_IF_ERROR(Require(gptq.max_ppl_ratio() > 1, "quantize.gptq.max_ppl_ratio", "> 1", gptq.max_ppl_ratio()));
+  return Between("quantize.gptq.held_out_tokens", gptq.held_out_tokens(), 2, 1e7);
+}
+
 Status CheckGptq(const v1::Gptq& gptq) {
+  RF_RETURN_IF_ERROR(OneOf("quantize.gptq.grid", gptq.grid(), {"full_range", "symmetric", "asymmetric"}));
+  RF_RETURN_IF_ERROR(OneOf("quantize.gptq.order", gptq.order(), {"groups", "natural", "classic"}));
+  RF_RETURN_IF_ERROR(Between("quantize.gptq.alpha", gptq.alpha(), 0, 1));
+  RF_RETURN_IF_ERROR(CheckBudgets(gptq));
+  RF_RETURN_IF_ERROR(CheckCalibration(gptq.calibration()));
   if (gptq.bits() != 2 && gptq.bits() != 3 && gptq.bits() != 4 && gptq.bits() != 8)
     return InvalidArgument("quantize.gptq.bits must be 2, 3, 4 or 8, is ", gptq.bits());
   if (gptq.group_size() != -1 && gptq.group_size() <= 0)
@@ -224,6 +251,40 @@ Status CheckGptq(const v1::Gptq& gptq) {
   RF_RETURN_IF_ERROR(Between("quantize.gptq.sequence_length", gptq.sequence_length(), 1, 1e6));
   return Require(gptq.calibration_tokens() >= gptq.sequence_length(), "quantize.gptq.calibration_tokens",
                  Join("at least sequence_length (", gptq.sequence_length(), ")"), gptq.calibration_tokens());
+}
+
+// Only what needs no model; the shapes are checked when it is imported.
+Status CheckExport(const v1::Export& written, const v1::Gptq& gptq) {
+  std::set<std::string> seen;
+  for (int i = 0; i < written.formats_size(); ++i) {
+    const std::string field = Join("export.formats[", i, "]"), &format = written.formats(i);
+    RF_RETURN_IF_ERROR(OneOf(field, format, {"gptq", "gptq_v2", "compressed_tensors", "gguf"}));
+    if (!seen.insert(format).second) return InvalidArgument(field, " is '", format, "' again; name each once");
+    if (format != "compressed_tensors" && format != "gguf") continue;
+    // Single layers of 2 and 3 bits can stand as 4.
+    const bool mixed = gptq.bits_budget() > 0 || gptq.bytes_budget() > 0;
+    if (!mixed && gptq.bits() != 4 && gptq.bits() != 8)
+      return InvalidArgument(field, " is '", format, "', which holds 4 and 8 bits; quantize.gptq.bits is ", gptq.bits());
+    if (gptq.order() == "classic")
+      return InvalidArgument(field, " is '", format, "', which holds no permuted columns; quantize.gptq.order is 'classic'");
+    if (format == "gguf" && gptq.grid() == "asymmetric" && (mixed || gptq.bits() == 8))
+      return InvalidArgument(field, " is 'gguf', which has no zero points with 8 bits; quantize.gptq.grid is 'asymmetric'");
+    if (format == "gguf" && gptq.group_size() > 0 && gptq.group_size() % 32 != 0)
+      return InvalidArgument(field, " is 'gguf', whose blocks hold 32 weights; quantize.gptq.group_size is ", gptq.group_size(),
+                             "; take 32, or leave gguf out");
+  }
+  for (const auto& [field, value] : {std::pair{"export.gguf.embeddings", written.gguf().embeddings()},
+                                     std::pair{"export.gguf.head", written.gguf().head()}})
+    if (!value.empty()) RF_RETURN_IF_ERROR(OneOf(field, value, {"source", "q8_0"}));
+  return absl::OkStatus();
+}
+
+Status CheckRecover(const v1::Recover& recover) {
+  RF_RETURN_IF_ERROR(Between("quantize.recover.steps", recover.steps(), 1, 1e6));
+  RF_RETURN_IF_ERROR(Between("quantize.recover.learning_rate", recover.learning_rate(), 1e-7, 0.1));
+  RF_RETURN_IF_ERROR(Between("quantize.recover.sequence_length", recover.sequence_length(), 2, 1e6));
+  return Require(recover.tokens_per_step() >= recover.sequence_length(), "quantize.recover.tokens_per_step",
+                 Join("at least sequence_length (", recover.sequence_length(), ")"), recover.tokens_per_step());
 }
 
 Status CheckEvaluate(const v1::Evaluate& evaluate) {
@@ -258,6 +319,8 @@ Status CheckRecipe(const v1::Recipe& recipe) {
   RF_RETURN_IF_ERROR(CheckDistill(recipe.distill()));
   RF_RETURN_IF_ERROR(CheckSearch(recipe.search()));
   RF_RETURN_IF_ERROR(CheckGptq(recipe.quantize().gptq()));
+  RF_RETURN_IF_ERROR(CheckExport(recipe.export_(), recipe.quantize().gptq()));
+  RF_RETURN_IF_ERROR(CheckRecover(recipe.quantize().recover()));
   RF_RETURN_IF_ERROR(CheckEvaluate(recipe.evaluate()));
   return Between("resources.threads", recipe.resources().threads(), 0, 4096);
 }

@@ -12,7 +12,7 @@ namespace {
 
 using Source = Input::Source;
 
-constexpr uint64_t kMaxVariants = 6;  // student, refined, both quantized, and the best of each optimizer
+constexpr uint64_t kMaxVariants = 7;  // student, refined, both quantized, recovered, and the best of each optimizer
 
 class Planner {
  public:
@@ -34,6 +34,7 @@ class Planner {
  private:
   Status CheckFiles() const {
     std::vector<std::string> roles = {"seeds"};
+    if (Mixes()) roles.push_back("general");
     for (const v1::Benchmark& benchmark : recipe_.evaluate().benchmarks())
       roles.push_back(Join("benchmark/", benchmark.name()));
     for (const std::string& role : roles) {
@@ -95,7 +96,8 @@ class Planner {
     v1::ImportModelParams* student =
         Add("import/student", v1::IMPORT_MODEL, {}, Join("read ", recipe_.student().model()))->mutable_import_model();
     student->set_uri(recipe_.student().model());
-    *student->mutable_gptq() = recipe_.quantize().gptq();
+    *student->mutable_gptq() = Gptq();
+    *student->mutable_formats() = recipe_.export_().formats();
     if (recipe_.teacher().model() == recipe_.student().model()) return;
     teacher_ = "import/teacher";
     Add(teacher_, v1::IMPORT_MODEL, {Student()}, Join("read ", recipe_.teacher().model()))
@@ -179,20 +181,52 @@ class Planner {
   }
 
   void AddMergeAndQuantize() {
-    const v1::Gptq& gptq = recipe_.quantize().gptq();
-    const std::string how = Join("GPTQ ", gptq.bits(), " bit, ",
+    const v1::Gptq gptq = Gptq();
+    std::vector<Input> inputs = {Student(), Examples()}, refined = {Student(), FromStudy("best"), Examples()};
+    if (Mixes()) {
+      inputs.push_back(FromFile("general", "general"));
+      refined.push_back(FromFile("general", "general"));
+    }
+    const std::string width = gptq.bits_budget() > 0    ? absl::StrFormat("%g bits a weight on average", gptq.bits_budget())
+                              : gptq.bytes_budget() > 0 ? Join("at most ", gptq.bytes_budget(), " bytes of linear layers")
+                                                        : Join(gptq.bits(), " bit");
+    const std::string how = Join("GPTQ ", width, ", ",
                                  gptq.group_size() < 0 ? "one group per row" : Join("groups of ", gptq.group_size()));
     Add("merge/best", v1::MERGE, {Student(), FromStudy("best")}, "fold the best adapter into the student")
         ->mutable_merge()
         ->set_keep_model(recipe_.export_().merged_model());
-    *Add("quantize/student", v1::QUANTIZE, {Student(), Examples()}, Join(how, " of the untouched student"))
+    // Only a comparison: no gate of the delivered model stops the job here.
+    v1::Gptq ungated = gptq;
+    ungated.clear_max_kl();
+    ungated.clear_max_ppl_ratio();
+    *Add("quantize/student", v1::QUANTIZE, std::move(inputs), Join(how, " of the untouched student"))
+         ->mutable_quantize()
+         ->mutable_gptq() = ungated;
+    *Add("quantize/refined", v1::QUANTIZE, std::move(refined), Join(how, " of the refined model"))
          ->mutable_quantize()
          ->mutable_gptq() = gptq;
-    *Add("quantize/refined", v1::QUANTIZE, {Student(), FromStudy("best"), Examples()},
-         Join(how, " of the refined model"))
-         ->mutable_quantize()
-         ->mutable_gptq() = gptq;
+    if (!Recovers()) return;
+    const v1::Recover& recover = recipe_.quantize().recover();
+    *Add("recover/refined", v1::RECOVER,
+         {Student(), FromStudy("best"), FromTask("quantized", "quantize/refined"), Examples()},
+         Join("tune its scales for up to ", recover.steps(), " steps"))
+         ->mutable_recover()
+         ->mutable_settings() = recover;
   }
+
+  bool Recovers() const { return recipe_.quantize().recover().enabled(); }
+  // The refined model's quantized weights as they are delivered.
+  Input Delivered() const { return FromTask("quantized", Recovers() ? "recover/refined" : "quantize/refined"); }
+
+  // As tasks see it: the general text comes as an input.
+  v1::Gptq Gptq() const {
+    v1::Gptq gptq = recipe_.quantize().gptq();
+    gptq.mutable_calibration()->clear_general();
+    return gptq;
+  }
+
+  // Whether the calibration has general text beside the job's own.
+  bool Mixes() const { return !recipe_.quantize().gptq().calibration().general().empty(); }
 
   uint64_t Shards() const { return std::max<uint64_t>(1, recipe_.evaluate().shards()); }
 
@@ -260,6 +294,7 @@ class Planner {
     AddEvaluation("refined", {FromStudy("best")});
     // The quantized linears hold the adapter already.
     AddEvaluation("refined-gptq", {FromTask("quantized", "quantize/refined")});
+    if (Recovers()) AddEvaluation("refined-recovered", {Delivered()});
     for (const std::string& optimizer : TriedOptimizers()) {
       const std::string name = Join("best-", optimizer);
       AddEvaluation(name, {FromStudy(name)});
@@ -276,12 +311,14 @@ class Planner {
   void AddExport() {
     v1::ExportParams* params =
         Add("export", v1::EXPORT,
-            {Student(), FromStudy("best"), FromTask("quantized", "quantize/refined"), FromTask("merged", "merge/best")},
+            {Student(), FromStudy("best"), Delivered(), FromTask("merged", "merge/best")},
             "write the model folders and the manifest")
             ->mutable_export_();
     params->set_name(recipe_.name());
-    *params->mutable_gptq() = recipe_.quantize().gptq();
+    *params->mutable_gptq() = Gptq();
     params->set_merged_model(recipe_.export_().merged_model());
+    *params->mutable_formats() = recipe_.export_().formats();
+    *params->mutable_gguf() = recipe_.export_().gguf();
   }
 
   const v1::Recipe& recipe_;

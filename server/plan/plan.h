@@ -56,7 +56,7 @@ std::string PlanText(const Plan& plan);
 // from. The seed counts only for kinds that draw random numbers (IsSeeded); the others have seed 0 in the plan.
 std::string TaskDigest(const v1::TaskSpec& spec, const std::string& code_version);
 
-// Kinds whose work draws random numbers: synthesize, critique, curate, teacher_logits, train.
+// Kinds whose work draws random numbers: synthesize, critique, curate, teacher_logits, train, recover.
 bool IsSeeded(v1::TaskKind kind);
 
 // Whether a finished task of this kind may stand for another one with the same digest. Not import_model: it reads by

@@ -21,6 +21,7 @@ v1::TaskKind KindOf(const v1::TaskSpec& spec) {
     case v1::TaskSpec::kQuantize: return v1::QUANTIZE;
     case v1::TaskSpec::kEvaluate: return v1::EVALUATE;
     case v1::TaskSpec::kExport: return v1::EXPORT;
+    case v1::TaskSpec::kRecover: return v1::RECOVER;
     case v1::TaskSpec::PARAMS_NOT_SET: break;
   }
   return v1::TASK_KIND_UNSPECIFIED;
@@ -42,7 +43,7 @@ std::string DeterministicBytes(const v1::TaskSpec& spec) {
 
 bool IsSeeded(v1::TaskKind kind) {
   return kind == v1::SYNTHESIZE || kind == v1::CRITIQUE || kind == v1::CURATE || kind == v1::TEACHER_LOGITS ||
-         kind == v1::TRAIN;
+         kind == v1::TRAIN || kind == v1::RECOVER;
 }
 
 bool IsReusable(v1::TaskKind kind) { return kind != v1::IMPORT_MODEL && kind != v1::TASK_KIND_UNSPECIFIED; }

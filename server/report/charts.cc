@@ -144,7 +144,7 @@ std::string QualityChart(const v1::Job& job, const std::string& measurement, dou
     if (x == nullptr || kl == nullptr) continue;
     // The best trial of one optimizer is the refined model itself: one point is enough.
     if (!seen.insert({kl->value(), kl->standard_error()}).second && variant.name.rfind("best-", 0) == 0) continue;
-    (variant.name.ends_with("-gptq") ? quantized : plain)
+    (variant.name.ends_with("-gptq") || variant.name.ends_with("-recovered") ? quantized : plain)
         .points.push_back(
             {.x = x->value() * scale, .y = kl->value(), .error = kl->standard_error(), .label = variant.name});
   }

@@ -30,7 +30,8 @@ struct Report {
 
 Report MakeReport(const ReportInput& input);
 
-// The summary table alone: one row per variant (student, student-gptq, refined, refined-gptq, best-adamw, best-muon).
+// The summary table alone: one row per variant (student, student-gptq, refined, refined-gptq,
+// refined-recovered, best-adamw, best-muon).
 std::string SummaryTable(const v1::Job& job);
 
 }  // namespace refinery::report

@@ -214,16 +214,6 @@ Status Run(const Arguments& arguments) {
               static_cast<unsigned long long>(result.tokens), seconds, static_cast<long long>(result.best_step),
               static_cast<double>(runtime::PeakMemoryBytes()) / (1 << 30));
   RF_RETURN_IF_ERROR(quantize::ApplyQuantized(*model, quantized));
-  const auto put = [&](const at::Tensor& target, const std::string& name) {
-    const auto found = result.norms.find(name);
-    const at::NoGradGuard no_grad;
-    if (found != result.norms.end()) target.copy_(found->second);
-  };
-  for (size_t i = 0; i < model->layers.size(); ++i) {
-    put(model->layers[i].input_norm, Join("model.layers.", i, ".input_layernorm.weight"));
-    put(model->layers[i].post_attention_norm, Join("model.layers.", i, ".post_attention_layernorm.weight"));
-  }
-  put(model->final_norm, "model.norm.weight");
   const Status similar = Compare("test", source_test, before_test, test.Measure(*model), 0.6);
   const Status different = Compare("other", source_other, before_other, other.Measure(*model), 0.4);
   RF_RETURN_IF_ERROR(similar);

@@ -81,6 +81,21 @@ TEST(RecipeTest, FillsTheDocumentedDefaults) {
   EXPECT_EQ(r.quantize().gptq().damp_fraction(), 0.01);
   EXPECT_EQ(r.quantize().gptq().calibration_tokens(), 16384u);
   EXPECT_EQ(r.quantize().gptq().sequence_length(), 256u);
+  EXPECT_EQ(r.quantize().gptq().grid(), "full_range");
+  EXPECT_EQ(r.quantize().gptq().order(), "groups");
+  EXPECT_EQ(r.quantize().gptq().held_out_tokens(), 2048u);
+  EXPECT_EQ(r.quantize().gptq().calibration().general_share(), 0);
+  EXPECT_EQ(r.quantize().gptq().calibration().duplicate_threshold(), 0.8);
+  EXPECT_TRUE(r.quantize().recover().enabled());
+  EXPECT_EQ(r.quantize().recover().steps(), 100u);
+  EXPECT_EQ(r.quantize().recover().tokens_per_step(), 512u);
+  EXPECT_EQ(r.quantize().recover().learning_rate(), 0.004);
+  EXPECT_EQ(r.quantize().recover().sequence_length(), 256u);
+  EXPECT_EQ(r.quantize().recover().patience(), 3u);
+  EXPECT_EQ(r.quantize().recover().evaluate_every(), 25u);
+  EXPECT_EQ(r.quantize().recover().checkpoint_every(), 25u);
+  ASSERT_EQ(r.export_().formats_size(), 1);
+  EXPECT_EQ(r.export_().formats(0), "gptq");
   EXPECT_EQ(r.evaluate().latency_tokens(), 32u);
 
   const v1::Recipe adamw =
@@ -171,6 +186,18 @@ TEST(RecipeTest, RangesOfDistillation) {
            {"quantize: {gptq: {bits: 5}}", "quantize.gptq.bits must be 2, 3, 4 or 8, is 5"},
            {"quantize: {gptq: {group_size: -2}}", "quantize.gptq.group_size must be > 0, or -1"},
            {"quantize: {gptq: {damp_fraction: 1}}", "quantize.gptq.damp_fraction must be between 0 and 1"},
+           {"quantize: {gptq: {grid: full}}", "quantize.gptq.grid is 'full', which is not known"},
+           {"quantize: {gptq: {order: group}}", "quantize.gptq.order is 'group', which is not known; did you mean 'groups'?"},
+           {"quantize: {gptq: {alpha: 1.5}}", "quantize.gptq.alpha must be from 0 to 1, is 1.5"},
+           {"quantize: {gptq: {bits_budget: 1.5}}", "quantize.gptq.bits_budget must be from 2 to 9, is 1.5"},
+           {"quantize: {gptq: {bits_budget: 3.5, bytes_budget: 1000}}", "quantize.gptq.bytes_budget goes not together"},
+           {"quantize: {recover: {learning_rate: 1}}", "quantize.recover.learning_rate must be from 1e-07 to 0.1, is 1"},
+           {"quantize: {recover: {tokens_per_step: 100}}", "quantize.recover.tokens_per_step must be at least sequence_length"},
+           {"quantize: {gptq: {max_kl: -1}}", "quantize.gptq.max_kl must be >= 0, is -1"},
+           {"quantize: {gptq: {max_ppl_ratio: 0.9}}", "quantize.gptq.max_ppl_ratio must be > 1, is 0.9"},
+           {"quantize: {gptq: {calibration: {general_share: 0.5}}}", "quantize.gptq.calibration.general names no file"},
+           {"quantize: {gptq: {calibration: {duplicate_threshold: 2}}}",
+            "quantize.gptq.calibration.duplicate_threshold must be > 0 and at most 1"},
            {"quantize: {gptq: {calibration_tokens: 100}}",
             "quantize.gptq.calibration_tokens must be at least sequence_length"},
            {"teacher: {context: {few_shot: 65}}", "teacher.context.few_shot must be from 0 to 64"},
@@ -240,6 +267,19 @@ TEST(RecipeTest, RangesOfTheData) {
            {"data: {task: piqa, seeds: {benchmark: piqa}, curate: {validation_fraction: 1}}",
             "data.curate.validation_fraction"}})
     EXPECT_THAT(DataError(c.yaml), HasSubstr(c.message));
+}
+
+TEST(RecipeTest, FormatsOfTheExport) {
+  EXPECT_THAT(Error("export: {formats: [gptq, compressed_tensor]}\n"), HasSubstr("did you mean 'compressed_tensors'?"));
+  EXPECT_THAT(Error("export: {formats: [gguf, gguf]}\n"), HasSubstr("name each once"));
+  EXPECT_THAT(Error("export: {formats: [gguf]}\nquantize: {gptq: {bits: 3}}\n"), HasSubstr("holds 4 and 8 bits"));
+  EXPECT_THAT(Error("export: {formats: [gguf]}\nquantize: {gptq: {group_size: 16}}\n"), HasSubstr("take 32"));
+  EXPECT_THAT(Error("export: {formats: [gguf]}\nquantize: {gptq: {bits: 8, grid: asymmetric}}\n"), HasSubstr("no zero points"));
+  EXPECT_THAT(Error("export: {formats: [compressed_tensors]}\nquantize: {gptq: {order: classic}}\n"), HasSubstr("permuted"));
+  EXPECT_THAT(Error("export: {formats: [gguf], gguf: {embeddings: q4_0}}\n"), HasSubstr("export.gguf.embeddings"));
+  const v1::Recipe mixed = Parsed(std::string(kSmallest) + "export: {formats: [gguf, gptq_v2], gguf: {embeddings: q8_0}}\n"
+                                                           "quantize: {gptq: {bits: 3, bits_budget: 4.5}}\n");
+  EXPECT_EQ(mixed.export_().formats_size(), 2);
 }
 
 TEST(RecipeTest, NamesAndModels) {

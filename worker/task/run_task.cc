@@ -21,6 +21,7 @@ Status Dispatch(const TaskSpec& spec, TaskContext& context) {
     Status operator()(const TrainSpec& s) { return Train(s, context); }
     Status operator()(const MergeSpec& s) { return Merge(s, context); }
     Status operator()(const QuantizeSpec& s) { return Quantize(s, context); }
+    Status operator()(const RecoverSpec& s) { return Recover(s, context); }
     Status operator()(const EvaluateSpec& s) { return Evaluate(s, context); }
     Status operator()(const ExportSpec& s) { return Export(s, context); }
   };

@@ -20,11 +20,24 @@ struct GptqSpec {
   double damp_fraction = 0;
   int64_t calibration_tokens = 0;
   int64_t sequence_length = 0;
+  std::string grid;               // words of recipe.proto; "" = the default
+  std::string order;
+  double alpha = 0;
+  double bits_budget = 0;         // bits per weight; 0 = none
+  int64_t bytes_budget = 0;
+  double max_kl = 0;              // 0 = no gate
+  double max_ppl_ratio = 0;
+  int64_t held_out_tokens = 0;    // 0 = not measured
+  int64_t memory_mib = 0;         // 0 = no bound
+  double general_share = 0;
+  double duplicate_threshold = 0;  // 0 = the default
+  uint64_t calibration_seed = 0;
 };
 
 struct ImportModelSpec {
   std::string uri;
   GptqSpec gptq;  // bits 0 = none to check
+  std::vector<std::string> formats;
 };
 
 struct SynthesizeSpec {
@@ -89,6 +102,16 @@ struct QuantizeSpec {
   GptqSpec gptq;
 };
 
+struct RecoverSpec {
+  int64_t steps = 0;
+  int64_t tokens_per_step = 0;
+  double learning_rate = 0;
+  int64_t sequence_length = 0;
+  int64_t patience = 0;
+  int64_t evaluate_every = 0;
+  int64_t checkpoint_every = 0;
+};
+
 struct BenchmarkSpec {
   std::string name;
   int64_t limit = 0;  // 0 = all
@@ -107,10 +130,13 @@ struct ExportSpec {
   std::string name;
   GptqSpec gptq;
   bool merged_model = false;
+  std::vector<std::string> formats;
+  bool gguf_embeddings_q8_0 = false;
+  bool gguf_head_q8_0 = false;
 };
 
 using Params = std::variant<ImportModelSpec, SynthesizeSpec, CritiqueSpec, CurateSpec, TeacherLogitsSpec, TrainSpec, MergeSpec,
-                            QuantizeSpec, EvaluateSpec, ExportSpec>;
+                            QuantizeSpec, RecoverSpec, EvaluateSpec, ExportSpec>;
 
 struct TaskSpec {
   std::string job;

@@ -11,7 +11,19 @@ GptqSpec ToSpec(const v1::Gptq& p) {
           .group_size = p.group_size(),
           .damp_fraction = p.damp_fraction(),
           .calibration_tokens = p.calibration_tokens(),
-          .sequence_length = p.sequence_length()};
+          .sequence_length = p.sequence_length(),
+          .grid = p.grid(),
+          .order = p.order(),
+          .alpha = p.alpha(),
+          .bits_budget = p.bits_budget(),
+          .bytes_budget = static_cast<int64_t>(p.bytes_budget()),
+          .max_kl = p.max_kl(),
+          .max_ppl_ratio = p.max_ppl_ratio(),
+          .held_out_tokens = p.held_out_tokens(),
+          .memory_mib = p.memory_mib(),
+          .general_share = p.calibration().general_share(),
+          .duplicate_threshold = p.calibration().duplicate_threshold(),
+          .calibration_seed = p.calibration().seed()};
 }
 
 SynthesizeSpec ToSpec(const v1::SynthesizeParams& p) {
@@ -57,6 +69,17 @@ TrainSpec ToSpec(const v1::TrainParams& p) {
           .checkpoint_every = p.checkpoint_every()};
 }
 
+RecoverSpec ToSpec(const v1::RecoverParams& p) {
+  const v1::Recover& s = p.settings();
+  return {.steps = s.steps(),
+          .tokens_per_step = s.tokens_per_step(),
+          .learning_rate = s.learning_rate(),
+          .sequence_length = s.sequence_length(),
+          .patience = s.patience(),
+          .evaluate_every = s.evaluate_every(),
+          .checkpoint_every = s.checkpoint_every()};
+}
+
 EvaluateSpec ToSpec(const v1::EvaluateParams& p) {
   EvaluateSpec spec{.variant = p.variant(),
                     .latency_tokens = p.latency_tokens(),
@@ -67,10 +90,21 @@ EvaluateSpec ToSpec(const v1::EvaluateParams& p) {
   return spec;
 }
 
+ExportSpec ToSpec(const v1::ExportParams& p) {
+  return {.name = p.name(),
+          .gptq = ToSpec(p.gptq()),
+          .merged_model = p.merged_model(),
+          .formats = {p.formats().begin(), p.formats().end()},
+          .gguf_embeddings_q8_0 = p.gguf().embeddings() == "q8_0",
+          .gguf_head_q8_0 = p.gguf().head() == "q8_0"};
+}
+
 StatusOr<Params> ToParams(const v1::TaskSpec& p, const std::string& name) {
   switch (p.params_case()) {
     case v1::TaskSpec::kImportModel:
-      return ImportModelSpec{.uri = p.import_model().uri(), .gptq = ToSpec(p.import_model().gptq())};
+      return ImportModelSpec{.uri = p.import_model().uri(),
+                             .gptq = ToSpec(p.import_model().gptq()),
+                             .formats = {p.import_model().formats().begin(), p.import_model().formats().end()}};
     case v1::TaskSpec::kSynthesize:
       return ToSpec(p.synthesize());
     case v1::TaskSpec::kCritique:
@@ -91,15 +125,17 @@ StatusOr<Params> ToParams(const v1::TaskSpec& p, const std::string& name) {
       return MergeSpec{.keep_model = p.merge().keep_model()};
     case v1::TaskSpec::kQuantize:
       return QuantizeSpec{.gptq = ToSpec(p.quantize().gptq())};
+    case v1::TaskSpec::kRecover:
+      return ToSpec(p.recover());
     case v1::TaskSpec::kEvaluate:
       return ToSpec(p.evaluate());
     case v1::TaskSpec::kExport:
-      return ExportSpec{.name = p.export_().name(), .gptq = ToSpec(p.export_().gptq()), .merged_model = p.export_().merged_model()};
+      return ToSpec(p.export_());
     case v1::TaskSpec::PARAMS_NOT_SET:
       break;
   }
   return InvalidArgument(name, " names no task kind: one of import_model, synthesize, critique, curate, teacher_logits, train, "
-                         "merge, quantize, evaluate, export is needed");
+                         "merge, quantize, recover, evaluate, export is needed");
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ Status TeacherLogits(const TeacherLogitsSpec& spec, TaskContext& context);
 Status Train(const TrainSpec& spec, TaskContext& context);
 Status Merge(const MergeSpec& spec, TaskContext& context);
 Status Quantize(const QuantizeSpec& spec, TaskContext& context);
+Status Recover(const RecoverSpec& spec, TaskContext& context);
 Status Evaluate(const EvaluateSpec& spec, TaskContext& context);
 Status Export(const ExportSpec& spec, TaskContext& context);
 

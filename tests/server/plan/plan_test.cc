@@ -32,6 +32,7 @@ v1::Recipe DemoRecipe() {
   recipe->mutable_distill()->set_steps(20);
   recipe->mutable_distill()->set_top_k(64);
   recipe->mutable_distill()->mutable_lora()->set_rank(16);
+  recipe->mutable_quantize()->mutable_recover()->set_steps(64);
   recipe->mutable_search()->set_trials(4);
   recipe->mutable_search()->set_replicates(2);
   return *recipe;
@@ -65,6 +66,7 @@ std::map<std::string, std::string> Files(const v1::Recipe& recipe) {
   std::map<std::string, std::string> files = {{"seeds", DigestOf("seeds")}};
   for (const v1::Benchmark& benchmark : recipe.evaluate().benchmarks())
     files[Join("benchmark/", benchmark.name())] = DigestOf(benchmark.name());
+  if (!recipe.quantize().gptq().calibration().general().empty()) files["general"] = DigestOf("general");
   return files;
 }
 
@@ -124,31 +126,33 @@ TEST(PlanTest, EveryTaskHasTheParametersOfItsKind) {
 TEST(PlanTest, TheDemosPlanAsText) {
   const std::string text = PlanText(MustPlan(DemoRecipe()));
   const std::string golden =
-      R"(task                   what                                                           after
-import/student         read /models/small.gguf
-synthesize/0           the teacher writes 128 examples                                import/student
-critique/0             the judge keeps the best 70 %                                  import/student, synthesize/0
-curate                 drop duplicates and benchmark items, split                     critique/0
-teacher-logits         top 64 of the teacher per token, which sees 5 solved examples  import/student, curate
-trial/0/replicate/0    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-trial/0/replicate/1    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-trial/1/replicate/0    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-trial/1/replicate/1    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-trial/2/replicate/0    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-trial/2/replicate/1    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-trial/3/replicate/0    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-trial/3/replicate/1    train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
-merge/best             fold the best adapter into the student                         import/student, every trial (8)
-quantize/student       GPTQ 4 bit, groups of 64 of the untouched student              import/student, curate
-quantize/refined       GPTQ 4 bit, groups of 64 of the refined model                  import/student, curate, every trial (8)
-evaluate/student       measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits
-evaluate/student-gptq  measure held-out KL, speed, arc_easy                           import/student, quantize/student, curate, teacher-logits
-evaluate/refined       measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits, every trial (8)
-evaluate/refined-gptq  measure held-out KL, speed, arc_easy                           import/student, quantize/refined, curate, teacher-logits
-evaluate/best-adamw    measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits, every trial (8)
-evaluate/best-muon     measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits, every trial (8)
-export                 write the model folders and the manifest                       import/student, quantize/refined, merge/best, every trial (8)
-23 tasks
+      R"(task                        what                                                           after
+import/student              read /models/small.gguf
+synthesize/0                the teacher writes 128 examples                                import/student
+critique/0                  the judge keeps the best 70 %                                  import/student, synthesize/0
+curate                      drop duplicates and benchmark items, split                     critique/0
+teacher-logits              top 64 of the teacher per token, which sees 5 solved examples  import/student, curate
+trial/0/replicate/0         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+trial/0/replicate/1         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+trial/1/replicate/0         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+trial/1/replicate/1         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+trial/2/replicate/0         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+trial/2/replicate/1         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+trial/3/replicate/0         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+trial/3/replicate/1         train a rank-16 adapter for 20 steps                           import/student, curate, teacher-logits
+merge/best                  fold the best adapter into the student                         import/student, every trial (8)
+quantize/student            GPTQ 4 bit, groups of 64 of the untouched student              import/student, curate
+quantize/refined            GPTQ 4 bit, groups of 64 of the refined model                  import/student, curate, every trial (8)
+recover/refined             tune its scales for up to 64 steps                             import/student, quantize/refined, curate, every trial (8)
+evaluate/student            measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits
+evaluate/student-gptq       measure held-out KL, speed, arc_easy                           import/student, quantize/student, curate, teacher-logits
+evaluate/refined            measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits, every trial (8)
+evaluate/refined-gptq       measure held-out KL, speed, arc_easy                           import/student, quantize/refined, curate, teacher-logits
+evaluate/refined-recovered  measure held-out KL, speed, arc_easy                           import/student, recover/refined, curate, teacher-logits
+evaluate/best-adamw         measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits, every trial (8)
+evaluate/best-muon          measure held-out KL, speed, arc_easy                           import/student, curate, teacher-logits, every trial (8)
+export                      write the model folders and the manifest                       import/student, recover/refined, merge/best, every trial (8)
+25 tasks
 )";
   EXPECT_EQ(text, golden);
 }
@@ -181,6 +185,9 @@ TEST(PlanTest, InputsOfEachStage) {
               ElementsAre("student = task import/student", "examples = task curate"));
   EXPECT_THAT(InputsOf(*plan.Find("quantize/refined")),
               ElementsAre("student = task import/student", "adapter = study best", "examples = task curate"));
+  EXPECT_THAT(InputsOf(*plan.Find("recover/refined")),
+              ElementsAre("student = task import/student", "adapter = study best", "quantized = task quantize/refined",
+                          "examples = task curate"));
   EXPECT_THAT(
       InputsOf(*plan.Find("evaluate/refined-gptq")),
       ElementsAre("student = task import/student", "quantized = task quantize/refined", "examples = task curate",
@@ -188,6 +195,45 @@ TEST(PlanTest, InputsOfEachStage) {
   EXPECT_THAT(InputsOf(*plan.Find("evaluate/best-adamw")),
               ElementsAre("student = task import/student", "adapter = study best-adamw", "examples = task curate",
                           "logits = task teacher-logits", "benchmark-piqa = file benchmark/piqa"));
+  EXPECT_THAT(InputsOf(*plan.Find("export")),
+              ElementsAre("student = task import/student", "adapter = study best", "quantized = task recover/refined",
+                          "merged = task merge/best"));
+}
+
+// Goal: general text reaches both quantizations as an input, and only the delivered one has gates.
+TEST(PlanTest, CalibrationTextIsAnInputAndGatesAreTheDeliveredModels) {
+  v1::Recipe recipe = SmallRecipe();
+  v1::Gptq* gptq = recipe.mutable_quantize()->mutable_gptq();
+  gptq->set_max_kl(0.25);
+  gptq->set_max_ppl_ratio(1.5);
+  gptq->set_bits_budget(3.5);
+  gptq->mutable_calibration()->set_general("/texts/general.txt");
+  gptq->mutable_calibration()->set_general_share(0.25);
+  const Plan plan = MustPlan(recipe);
+  const PlannedTask& student = *plan.Find("quantize/student");
+  const PlannedTask& refined = *plan.Find("quantize/refined");
+  EXPECT_EQ(InputsOf(student).back(), "general = file general");
+  EXPECT_EQ(InputsOf(refined).back(), "general = file general");
+  EXPECT_EQ(student.spec.quantize().gptq().max_kl(), 0);
+  EXPECT_EQ(student.spec.quantize().gptq().max_ppl_ratio(), 0);
+  EXPECT_EQ(refined.spec.quantize().gptq().max_kl(), 0.25);
+  EXPECT_EQ(refined.spec.quantize().gptq().max_ppl_ratio(), 1.5);
+  EXPECT_EQ(refined.spec.quantize().gptq().calibration().general(), "");  // a path of the user's machine changes no task
+  EXPECT_EQ(refined.spec.quantize().gptq().calibration().general_share(), 0.25);
+  EXPECT_THAT(refined.summary, HasSubstr("3.5 bits a weight on average"));
+}
+
+// Goal: what is delivered is recovered unless the recipe says no.
+TEST(PlanTest, RecoveryCanBeSwitchedOff) {
+  v1::Recipe recipe = SmallRecipe();
+  recipe.mutable_quantize()->mutable_recover()->set_steps(9);
+  Plan plan = MustPlan(recipe);
+  EXPECT_EQ(plan.Find("recover/refined")->spec.recover().settings().steps(), 9u);
+  EXPECT_NE(plan.Find("recover/refined")->spec.seed(), 0u);
+  recipe.mutable_quantize()->mutable_recover()->set_enabled(false);
+  plan = MustPlan(recipe);
+  EXPECT_EQ(plan.Find("recover/refined"), nullptr);
+  EXPECT_EQ(plan.Find("evaluate/refined-recovered"), nullptr);
   EXPECT_THAT(InputsOf(*plan.Find("export")),
               ElementsAre("student = task import/student", "adapter = study best", "quantized = task quantize/refined",
                           "merged = task merge/best"));
@@ -223,15 +269,15 @@ TEST(PlanTest, OnlyTriedOptimizersHaveAnEvaluation) {
   };
   v1::Recipe recipe = SmallRecipe();
   EXPECT_THAT(evaluations(recipe),
-              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-adamw", "best-muon"));
+              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "refined-recovered", "best-adamw", "best-muon"));
   recipe.mutable_search()->mutable_parameters(0)->mutable_choices()->RemoveLast();
   EXPECT_THAT(evaluations(recipe),
-              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-muon"));
+              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "refined-recovered", "best-muon"));
   recipe.clear_search();
   recipe.mutable_distill()->mutable_optimizer()->mutable_adamw();
   FillDefaults(&recipe);
   EXPECT_THAT(evaluations(recipe),
-              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "best-adamw"));
+              UnorderedElementsAre("student", "student-gptq", "refined", "refined-gptq", "refined-recovered", "best-adamw"));
 }
 
 TEST(PlanTest, EvaluationsTakeLimitsButNoClientPaths) {

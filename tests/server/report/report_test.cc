@@ -137,6 +137,20 @@ TEST(ReportTest, AnEmptyJobStillHasAReport) {
   EXPECT_THAT(report.html, HasSubstr("nothing fell back"));
 }
 
+TEST(SectionsTest, ExportedFormatsShowTheirBytes) {
+  v1::Job job;
+  EXPECT_TRUE(ExportRows(job).rows.empty());
+  v1::Task* task = job.add_tasks();
+  task->set_kind(v1::EXPORT);
+  for (const auto& [name, value] : {std::pair{"gguf/model_bytes", 116483328.0}, std::pair{"gguf/model_bytes_without_embeddings", 59860224.0},
+                                    std::pair{"gguf/linear_bytes_to_bf16", 0.28125}}) {
+    v1::Measurement* measurement = task->add_measurements();
+    measurement->set_name(name);
+    measurement->set_value(value);
+  }
+  EXPECT_THAT(ExportRows(job).rows, ElementsAre(ElementsAre("gguf", "116.5 MB", "59.9 MB", "0.2812")));
+}
+
 TEST(SectionsTest, EqualNotesAreOneRow) {
   const Table table = NoteRows(ExampleInput().notes);
   ASSERT_EQ(table.rows.size(), 1u);

@@ -63,8 +63,15 @@ std::vector<std::string> KeptNames(const checkpoint::ModelFolder& base, const qu
   return kept;
 }
 
-StatusOr<at::Tensor> KeptTensor(const checkpoint::ModelFolder& base, const quantize::QuantizedModel&, const std::string& name) {
-  return base.Get(name);
+StatusOr<at::Tensor> KeptTensor(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& quantized,
+                                const std::string& name) {
+  RF_ASSIGN_OR_RETURN(at::Tensor tensor, base.Get(name));
+  const auto tuned = quantized.norms.find(name);
+  if (tuned == quantized.norms.end()) return tensor;
+  if (tuned->second.sizes() != tensor.sizes()) {
+    return InvalidArgument("the quantized artifact's norm ", name, " has another shape than ", base.path().string(), "'s");
+  }
+  return tuned->second.to(tensor.scalar_type());
 }
 
 Status AddKept(const checkpoint::ModelFolder& base, const quantize::QuantizedModel& quantized, LazyTensors* tensors) {

@@ -45,6 +45,8 @@ struct QuantizedModel {
   nlohmann::json calibration_facts;                // where they came from (docs/formats.md), for the artifact; may be null
   std::map<std::string, QuantizedLinear> linears;  // by module: "model.layers.3.self_attn.q_proj"; empty with a journal
   std::map<std::string, GptqReport> reports;       // the same keys
+  std::map<std::string, at::Tensor> norms;         // tuned by recovery, instead of the base model's: "model.norm.weight"
+  nlohmann::json recovery;                         // how the scales were tuned (docs/formats.md); null where they were not
   std::optional<HeldOutFigures> held_out;          // never stored
   QuantizeTimes times;                             // never stored: artifacts are deterministic
 };

@@ -14,6 +14,7 @@ namespace refinery::quantize {
 namespace {
 
 constexpr char kTensorFile[] = "quantized.safetensors";
+constexpr char kNormFile[] = "norms.safetensors";
 constexpr char kFactsFile[] = "quantized.json";
 constexpr int kFormat = 2;
 
@@ -62,6 +63,12 @@ Status WriteArtifact(const QuantizedModel& quantized, const std::map<std::string
   calibration.update({{"digest", quantized.calibration_digest}, {"tokens", quantized.calibration_tokens}});
   nlohmann::json facts = SettingsToJson(s);
   facts.update({{"format", kFormat}, {"calibration", std::move(calibration)}, {"modules", std::move(modules)}});
+  if (quantized.recovery.is_object()) facts["recovery"] = quantized.recovery;
+  if (!quantized.norms.empty()) {
+    facts["norms"] = nlohmann::json::array();
+    for (const auto& [name, norm] : quantized.norms) facts["norms"].push_back(name);
+    RF_RETURN_IF_ERROR(checkpoint::WriteSafetensors(folder / kNormFile, quantized.norms));
+  }
   return WriteFileAtomically(folder / kFactsFile, facts.dump(1) + "\n");
 }
 
@@ -72,6 +79,8 @@ void FactsFromJson(const nlohmann::json& facts, QuantizedModel* quantized, std::
   facts.at("calibration").at("tokens").get_to(quantized->calibration_tokens);
   quantized->calibration_facts = facts.at("calibration");
   for (const char* key : {"digest", "tokens"}) quantized->calibration_facts.erase(key);
+  if (facts.contains("recovery")) quantized->recovery = facts.at("recovery");
+  for (const nlohmann::json& name : facts.value("norms", nlohmann::json::array())) quantized->norms.try_emplace(name.get<std::string>());
   for (const auto& [module, entry] : facts.at("modules").items()) {
     quantized->reports[module] = ReportFromJson(entry);
     // Format 1 had one width for all.
@@ -209,7 +218,34 @@ StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder) {
     }
     quantized.linears[module] = *std::move(linear);
   }
+  if (quantized.norms.empty()) return quantized;
+  RF_ASSIGN_OR_RETURN(const auto norms, checkpoint::SafetensorsFile::Open(folder / kNormFile));
+  for (auto& [name, norm] : quantized.norms) {
+    RF_ASSIGN_OR_RETURN(norm, norms->Get(name));
+  }
   return quantized;
+}
+
+// Replaces, never writes into: another model may share the base's.
+static Status ApplyNorms(model::CausalLm& model, const std::map<std::string, at::Tensor>& norms) {
+  std::map<std::string, at::Tensor*> places = {{"model.norm.weight", &model.final_norm}};
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    model::DecoderLayer& layer = model.layers[i];
+    const std::string prefix = Join("model.layers.", i, ".");
+    places[prefix + "input_layernorm.weight"] = &layer.input_norm;
+    places[prefix + "post_attention_layernorm.weight"] = &layer.post_attention_norm;
+    if (!layer.q_norm.defined()) continue;
+    places[prefix + "self_attn.q_norm.weight"] = &layer.q_norm;
+    places[prefix + "self_attn.k_norm.weight"] = &layer.k_norm;
+  }
+  for (const auto& [name, norm] : norms) {
+    const auto place = places.find(name);
+    if (place == places.end() || place->second->sizes() != norm.sizes() || !at::isFloatingType(norm.scalar_type())) {
+      return InvalidArgument("the quantized artifact's norm ", name, " does not fit the model: it was made from another model");
+    }
+  }
+  for (const auto& [name, norm] : norms) *places.at(name) = norm.to(places.at(name)->options()).contiguous();
+  return absl::OkStatus();
 }
 
 Status ApplyQuantized(model::CausalLm& model, const QuantizedModel& quantized) {
@@ -232,6 +268,7 @@ Status ApplyQuantized(model::CausalLm& model, const QuantizedModel& quantized) {
     return InvalidArgument("the quantized artifact has ", quantized.linears.size(), " modules, the model ", wanted);
   }
   const at::NoGradGuard no_grad;
+  RF_RETURN_IF_ERROR(ApplyNorms(model, quantized.norms));
   for (model::DecoderLayer& layer : model.layers) {
     for (model::Linear* linear : layer.Linears()) linear->weight.copy_(quantized.linears.at(linear->name).Dequantize());
   }

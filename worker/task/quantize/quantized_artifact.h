@@ -8,6 +8,8 @@
 //                            "calibration": {"digest", "tokens", and what made them (docs/formats.md)},
 //                            "modules": {<m>: {"in", "out", "bits", "group_size", "relative_error", "rtn_relative_error",
 //                                              "damp_fraction", "dead_columns", "notes": [..]}}}
+//   norms.safetensors       only where recovery tuned them: norm weights by their names in the base model. quantized.json then lists
+//                           these names as "norms", and "recovery" says how scales and norms were tuned
 //
 // Modules may have widths of their own. Format 1, which had one for all and "order_groups" for grid and order, is still read.
 // The same quantization gives the same bytes: no times, no machine.
@@ -45,7 +47,7 @@ Status SaveQuantized(const QuantizedModel& quantized, Journal& journal, const st
                      runtime::Reporter& reporter);
 StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder);
 
-// Replaces the weight of every linear layer by its dequantized one. INVALID_ARGUMENT when modules or shapes differ.
+// Replaces the weight of every linear layer by its dequantized one, and norms by tuned ones. INVALID_ARGUMENT when modules or shapes differ.
 Status ApplyQuantized(model::CausalLm& model, const QuantizedModel& quantized);
 
 // Makes a model that has had ApplyQuantized decode from packed codes (model/packed_weight.h), where their form allows: to time

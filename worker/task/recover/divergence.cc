@@ -31,7 +31,7 @@ double FusedRows(const at::Tensor& teacher, const at::Tensor& student, float fac
 }
 
 // The same in ATen operators, for devices and dtypes without the kernel.
-double DenseRows(const at::Tensor& teacher, const at::Tensor& student, float factor) {
+double DenseRows(const at::Tensor& teacher, const at::Tensor& student, double factor) {
   const at::ScalarType type = student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor log_p = teacher.to(type).log_softmax(1), log_q = student.to(type).log_softmax(1);
   const double sum = (log_p.exp() * (log_p - log_q)).sum(at::kDouble).item<double>();
@@ -47,7 +47,7 @@ Divergence SumDivergence(const at::Tensor& hidden, const at::Tensor& source_hidd
               "SumDivergence: hidden ", hidden.sizes(), ", source ", source_hidden.sizes(), ", head ", head.sizes());
   const at::NoGradGuard no_grad;
   const at::Tensor tuned = hidden.detach(), source = source_hidden.detach();
-  const float factor = options.normalizer > 0 ? static_cast<float>(1 / options.normalizer) : 0.0f;
+  const double factor = options.normalizer > 0 ? 1 / options.normalizer : 0;
   const int64_t positions = tuned.size(0), chunk = std::min(std::max<int64_t>(1, positions), options.chunk);
   const at::Tensor student = at::empty({chunk, head.size(0)}, tuned.options()), teacher = at::empty_like(student);
   Divergence result;
@@ -60,9 +60,9 @@ Divergence SumDivergence(const at::Tensor& hidden, const at::Tensor& source_hidd
     if (!model::TakesCpuKernels(student_logits)) {
       result.sum += DenseRows(teacher_logits, student_logits, factor);
     } else if (student_logits.scalar_type() == at::kBFloat16) {
-      result.sum += FusedRows<simd::Bf16>(teacher_logits, student_logits, factor);
+      result.sum += FusedRows<simd::Bf16>(teacher_logits, student_logits, static_cast<float>(factor));
     } else {
-      result.sum += FusedRows<float>(teacher_logits, student_logits, factor);
+      result.sum += FusedRows<float>(teacher_logits, student_logits, static_cast<float>(factor));
     }
     if (factor == 0) continue;
     at::Tensor out = result.gradient.narrow(0, begin, count);

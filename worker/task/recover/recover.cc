@@ -330,19 +330,29 @@ Status Run::Resume() {
 StatusOr<RecoverResult> Recover(const RecoverInputs& inputs, const RecoverSettings& settings, const RecoverPaths& paths,
                                 runtime::Reporter& reporter, quantize::QuantizedModel* quantized) {
   RF_RETURN_IF_ERROR(CheckSettings(settings));
+  if (!quantized->norms.empty()) return InvalidArgument("the quantized model was recovered already");
   RF_RETURN_IF_ERROR(CheckSequences(inputs.train, inputs.source->config(), "training"));
   RF_RETURN_IF_ERROR(CheckSequences(inputs.held_out, inputs.source->config(), "held-out"));
   RF_ASSIGN_OR_RETURN(auto model, TunableModel::Make(*inputs.source, *quantized, settings.norm_learning_rate > 0));
   Run run(inputs, settings, paths, reporter, *quantized, std::move(model));
   if (!paths.resume.empty()) RF_RETURN_IF_ERROR(run.Resume());
-  RF_ASSIGN_OR_RETURN(RecoverResult result, run.Tune());
+  RF_ASSIGN_OR_RETURN(const RecoverResult result, run.Tune());
   if (result.best_step == 0) {
     reporter.Note("recover_kept", Join("no change of the scales lowered the held-out KL of ", result.kl_before,
                                        " nats per token; the quantized model stays as it was"));
     return result;
   }
   for (auto& [module, scales] : run.model().StoredScales()) quantized->linears.at(module).scales = scales;
-  result.norms = run.model().StoredNorms();
+  quantized->norms = run.model().StoredNorms();
+  quantized->recovery = {{"steps", result.best_step},
+                         {"tokens_per_step", settings.tokens_per_step},
+                         {"learning_rate", settings.learning_rate},
+                         {"norm_learning_rate", settings.norm_learning_rate},
+                         {"seed", inputs.seed},
+                         {"train_digest", quantize::CalibrationDigest(inputs.train)},
+                         {"held_out_digest", quantize::CalibrationDigest(inputs.held_out)},
+                         {"kl_before", result.kl_before},
+                         {"kl_after", result.kl_after}};
   return result;
 }
 

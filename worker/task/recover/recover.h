@@ -19,7 +19,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -31,15 +30,15 @@
 namespace refinery::recover {
 
 struct RecoverSettings {
-  int64_t steps = 120;                // optimizer steps at most
-  int64_t tokens_per_step = 1024;     // whole sequences
-  double learning_rate = 2e-3;        // peak, of the scales' relative change
-  double norm_learning_rate = 2e-3;   // of the norms'; 0 = the norms stay
+  int64_t steps = 100;                // optimizer steps at most
+  int64_t tokens_per_step = 512;      // whole sequences
+  double learning_rate = 4e-3;        // peak, of the scales' relative change
+  double norm_learning_rate = 4e-3;   // of the norms'; 0 = the norms stay
   double warmup_fraction = 0.05;
   double beta1 = 0.9, beta2 = 0.99;   // AdamW
   double weight_decay = 0;            // pulls changes back to 0
   double clip_norm = 0;               // of all gradients together; 0 = none
-  int64_t evaluate_every = 20;        // steps between two measurements of the held-out KL
+  int64_t evaluate_every = 25;        // steps between two measurements of the held-out KL
   int64_t patience = 3;               // measurements without a new best before the run ends; 0 = never
   int64_t checkpoint_every = 0;       // steps; 0 = none
 };
@@ -67,7 +66,6 @@ struct RecoverResult {
   uint64_t tokens = 0;             // trained
   double kl_before = 0, kl_after = 0;  // held-out, nats per token, with stored values
   std::vector<RecoverPoint> curve;
-  std::map<std::string, at::Tensor> norms;
   bool stopped_early = false;
 };
 

@@ -132,6 +132,23 @@ TEST(GptqFolderTest, OpensAsAModelFolderWithTheDequantizedWeights) {
   }
 }
 
+// Goal: norms that recovery tuned take the place of the base model's, in its dtype; all else stays.
+TEST(GptqFolderTest, HoldsTunedNorms) {
+  Fixture f = MakeFixture("norms");
+  const at::Tensor tuned = at::linspace(0.5, 2, 64, at::kFloat).to(at::kBFloat16);
+  f.quantized.norms["model.layers.1.input_layernorm.weight"] = tuned;
+  const std::filesystem::path folder = FreshFolder("norms");
+  ASSERT_THAT(ExportGptqFolder(*f.base, f.quantized, kCard, folder), IsOk());
+  ASSERT_THAT(VerifyGptqFolder(*f.base, f.quantized, folder), IsOk());
+  const auto file = checkpoint::SafetensorsFile::Open(folder / "model.safetensors").value();
+  EXPECT_TRUE(at::equal(file->Get("model.layers.1.input_layernorm.weight").value(), tuned));
+  EXPECT_TRUE(at::equal(file->Get("model.layers.0.input_layernorm.weight").value(),
+                        f.base->Get("model.layers.0.input_layernorm.weight").value()));
+  f.quantized.norms["model.layers.1.input_layernorm.weight"] = at::ones({63});
+  EXPECT_THAT(ExportGptqFolder(*f.base, f.quantized, kCard, FreshFolder("norms2")),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("another shape")));
+}
+
 TEST(GptqFolderTest, SameInputsGiveTheSameBytes) {
   const Fixture f = MakeFixture("same");
   const std::filesystem::path a = FreshFolder("same_a"), b = FreshFolder("same_b");

@@ -1,0 +1,59 @@
+#include "worker/task/recover/recover.h"
+
+#include "worker/task/runtime/torch.h"
+
+#include "worker/task/calibration.h"
+#include "worker/task/models.h"
+#include "worker/task/quantize/quantized_artifact.h"
+#include "worker/task/tasks.h"
+
+namespace refinery::task {
+namespace {
+
+constexpr int64_t kHeldOutTokens = 4096;
+
+// The job's own curated examples of one split, packed into sequences of about `tokens` tokens together.
+StatusOr<std::vector<std::vector<int32_t>>> Sequences(const TaskContext& context, const char* split,
+                                                      const tokenizer::Tokenizer& tokenizer, int64_t tokens, int64_t length) {
+  RF_ASSIGN_OR_RETURN(const std::vector<data::Example> examples, data::ReadExamples(context.inputs / "examples" / split));
+  RF_ASSIGN_OR_RETURN(Calibration packed, MakeCalibration(examples, tokenizer, tokens, length));
+  return std::move(packed.sequences);
+}
+
+void Report(const recover::RecoverResult& result, TaskContext& context) {
+  const auto count = static_cast<uint64_t>(kHeldOutTokens);
+  context.events.Measure({.name = "kl_before_recovery", .value = result.kl_before, .count = count, .unit = "nats"});
+  context.events.Measure({.name = "kl_after_recovery", .value = result.kl_after, .count = count, .unit = "nats"});
+  context.events.Measure({.name = "recovery_steps", .value = static_cast<double>(result.steps), .count = 1});
+  if (result.stopped_early)
+    context.events.Note("recover_stopped_early", Join("the held-out KL did not get better after step ", result.best_step,
+                                                      "; ended after step ", result.steps));
+}
+
+}  // namespace
+
+Status Recover(const RecoverSpec& spec, TaskContext& context) {
+  RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));
+  RF_ASSIGN_OR_RETURN(auto tokenizer, tokenizer::Tokenizer::Load(student.folder->path()));
+  RF_ASSIGN_OR_RETURN(std::filesystem::path folder, context.Input("quantized"));
+  RF_ASSIGN_OR_RETURN(quantize::QuantizedModel quantized, quantize::LoadQuantized(folder));
+  RF_ASSIGN_OR_RETURN(std::shared_ptr<model::CausalLm> source, LoadMerged(context, student));
+
+  recover::RecoverInputs inputs{.source = source.get(), .seed = context.seed};
+  RF_ASSIGN_OR_RETURN(inputs.train, Sequences(context, "train.jsonl", *tokenizer, spec.steps * spec.tokens_per_step, spec.sequence_length));
+  RF_ASSIGN_OR_RETURN(inputs.held_out, Sequences(context, "validation.jsonl", *tokenizer, kHeldOutTokens, spec.sequence_length));
+  const recover::RecoverSettings settings{.steps = spec.steps,
+                                          .tokens_per_step = spec.tokens_per_step,
+                                          .learning_rate = spec.learning_rate,
+                                          .norm_learning_rate = spec.learning_rate,
+                                          .evaluate_every = spec.evaluate_every,
+                                          .patience = spec.patience,
+                                          .checkpoint_every = spec.checkpoint_every};
+  RF_ASSIGN_OR_RETURN(const recover::RecoverResult result,
+                      recover::Recover(inputs, settings, {.folder = context.checkpoints, .resume = context.resume},
+                                       context.events, &quantized));
+  Report(result, context);
+  return quantize::SaveQuantized(quantized, context.outputs);
+}
+
+}  // namespace refinery::task

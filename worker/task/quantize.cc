@@ -1,43 +1,265 @@
 #include "worker/task/runtime/torch.h"
 
+#include <malloc.h>
+
+#include <cstdio>
+
+#include "common/digest.h"
+#include "common/files.h"
 #include "worker/task/calibration.h"
 #include "worker/task/models.h"
+#include "worker/task/quantize/mixed_bits.h"
 #include "worker/task/quantize/model_quantizer.h"
+#include "worker/task/quantize/quantize_plan.h"
 #include "worker/task/quantize/quantized_artifact.h"
 #include "worker/task/tasks.h"
 
 namespace refinery::task {
+namespace {
 
-Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
-  c10::InferenceMode inference;
-  RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));
-  RF_ASSIGN_OR_RETURN(auto tokenizer, tokenizer::Tokenizer::Load(student.folder->path()));
-  RF_ASSIGN_OR_RETURN(std::shared_ptr<model::CausalLm> lm, LoadVariant(context, student));
-  RF_RETURN_IF_ERROR(quantize::CheckGroupSize(lm->config(), spec.gptq.bits, spec.gptq.group_size));
+constexpr int kCodeVersion = 1;  // of the quantizer: rises when the same inputs would give other codes
+constexpr int64_t kProbeTokens = 8192;
+constexpr char kBitsFact[] = "bits_by_module";
 
+StatusOr<quantize::GptqSettings> SettingsOf(const GptqSpec& spec) {
+  quantize::GptqSettings settings{.bits = spec.bits, .group_size = spec.group_size, .damp_fraction = spec.damp_fraction};
+  const auto grid = quantize::GridFromName(spec.grid.empty() ? "full_range" : spec.grid);
+  if (!grid) return InvalidArgument("unknown grid '", spec.grid, "': full_range, symmetric or asymmetric");
+  const auto order = quantize::OrderFromName(spec.order.empty() ? "groups" : spec.order);
+  if (!order) return InvalidArgument("unknown order '", spec.order, "': groups, natural or classic");
+  settings.grid = *grid;
+  settings.order = *order;
+  settings.alpha = spec.alpha;
+  return settings;
+}
+
+// The only file of the input "general".
+StatusOr<std::vector<std::string>> GeneralText(const TaskContext& context) {
+  RF_ASSIGN_OR_RETURN(const std::filesystem::path folder, context.Input("general"));
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.is_regular_file()) return ReadDocuments(entry.path());
+  }
+  return NotFound("input 'general' holds no file");
+}
+
+StatusOr<Calibration> Calibrate(const GptqSpec& spec, const tokenizer::Tokenizer& tokenizer, TaskContext& context, nlohmann::json* facts) {
   RF_ASSIGN_OR_RETURN(std::vector<data::Example> examples, data::ReadExamples(context.inputs / "examples" / "train.jsonl"));
   RF_ASSIGN_OR_RETURN(std::vector<data::Example> validation, data::ReadExamples(context.inputs / "examples" / "validation.jsonl"));
   examples.insert(examples.end(), validation.begin(), validation.end());
-  RF_ASSIGN_OR_RETURN(Calibration calibration, MakeCalibration(examples, *tokenizer, spec.gptq.calibration_tokens, spec.gptq.sequence_length));
-  if (calibration.passes > 1)
-    context.events.Note("calibration_repeats",
-                        Join("the ", calibration.examples, " curated examples were shown ", calibration.passes, " times to reach ",
-                             spec.gptq.calibration_tokens, " calibration tokens"));
+  CalibrationRequest request{.examples = &examples, .general_share = spec.general_share, .tokens = spec.calibration_tokens,
+                             .sequence_length = spec.sequence_length, .seed = spec.calibration_seed};
+  if (spec.duplicate_threshold > 0) request.duplicate_threshold = spec.duplicate_threshold;
+  if (spec.general_share > 0) {
+    RF_ASSIGN_OR_RETURN(request.general, GeneralText(context));
+  }
+  RF_ASSIGN_OR_RETURN(Calibration calibration, MakeCalibration(request, tokenizer));
+  *facts = calibration.Facts(request);
+  const auto note = [&](const char* what, const CalibrationSource& source) {
+    if (source.passes > 1)
+      context.events.Note("calibration_repeats", Join("the ", source.documents, " ", what, " were shown ", source.passes,
+                                                      " times to fill ", source.windows, " windows of ", spec.sequence_length, " tokens"));
+  };
+  note("curated examples", calibration.examples);
+  note("documents of general text", calibration.general);
+  context.events.Measure({.name = "calibration_tokens", .value = static_cast<double>(calibration.tokens),
+                          .count = calibration.sequences.size(), .unit = "tokens"});
+  context.events.Measure({.name = "calibration_vocabulary", .value = calibration.vocabulary_share,
+                          .count = static_cast<uint64_t>(calibration.distinct_ids), .unit = "share"});
+  return calibration;
+}
 
-  quantize::GptqSettings settings{.bits = spec.gptq.bits, .group_size = spec.gptq.group_size, .damp_fraction = spec.gptq.damp_fraction};
-  quantize::QuantizedModel quantized = quantize::QuantizeModel(*lm, calibration.sequences, settings, context.events);
+// Windows of the held-out split that the figures are measured on; none where there are no such examples.
+StatusOr<quantize::TokenSequences> HeldOutText(const GptqSpec& spec, const tokenizer::Tokenizer& tokenizer, const TaskContext& context) {
+  quantize::TokenSequences sequences;
+  const std::filesystem::path file = context.inputs / "examples" / "held_out.jsonl";
+  std::error_code error;
+  if (spec.held_out_tokens < 2 || !std::filesystem::exists(file, error)) return sequences;
+  RF_ASSIGN_OR_RETURN(const std::vector<data::Example> examples, data::ReadExamples(file));
+  int64_t tokens = 0;
+  for (const data::Example& example : examples) {
+    if (tokens >= spec.held_out_tokens) break;
+    RF_ASSIGN_OR_RETURN(std::vector<int32_t> ids, tokenizer.Encode(ExampleText(example)));
+    if (ids.size() < 2) continue;
+    if (static_cast<int64_t>(ids.size()) > spec.sequence_length) ids.resize(static_cast<size_t>(std::max<int64_t>(2, spec.sequence_length)));
+    tokens += static_cast<int64_t>(ids.size());
+    sequences.ids.push_back(std::move(ids));
+  }
+  return sequences;
+}
+
+// Everything that the codes depend on.
+StatusOr<nlohmann::json> Fingerprint(const GptqSpec& spec, const quantize::GptqSettings& settings, const ResolvedModel& student,
+                                     const Calibration& calibration, const TaskContext& context) {
+  std::string adapter;
+  if (context.HasInput("adapter")) {
+    RF_ASSIGN_OR_RETURN(const std::vector<FileEntry> files, ListFolder(context.inputs / "adapter"));
+    adapter = DigestOf(ManifestText(files));
+  }
+  return nlohmann::json{{"weights", student.ref.digest},
+                        {"adapter", adapter},
+                        {"calibration", quantize::CalibrationDigest(calibration.sequences)},
+                        {"settings", quantize::SettingsToJson(settings)},
+                        {"bits_budget", spec.bits_budget},
+                        {"bytes_budget", spec.bytes_budget},
+                        {"code", Join(REFINERY_VERSION, "/", kCodeVersion)}};
+}
+
+// Bits by module where there is a size to keep to; measured once and kept in the journal.
+StatusOr<std::map<std::string, int64_t>> AllotModules(const GptqSpec& spec, const quantize::GptqSettings& settings,
+                                                      const StreamedModel& model, const Calibration& calibration,
+                                                      quantize::Journal& journal, TaskContext& context) {
+  std::map<std::string, int64_t> bits;
+  if (spec.bits_budget <= 0 && spec.bytes_budget <= 0) return bits;
+  const nlohmann::json kept = journal.ReadFact(kBitsFact);
+  if (kept.is_object()) {
+    for (const auto& [module, value] : kept.items()) bits[module] = value.is_number_integer() ? value.get<int64_t>() : 0;
+    return bits;
+  }
+  quantize::TokenSequences probe;
+  int64_t tokens = 0;
+  for (const std::vector<int32_t>& sequence : calibration.sequences) {
+    if (tokens >= kProbeTokens) break;
+    probe.ids.push_back(sequence);
+    tokens += static_cast<int64_t>(sequence.size());
+  }
+  RF_ASSIGN_OR_RETURN(const std::vector<quantize::BitsGroup> groups,
+                      quantize::MeasureBits(*model.lm, model.layer, probe, settings, context.events));
+  const int64_t budget = spec.bytes_budget > 0 ? spec.bytes_budget : quantize::BudgetBytes(groups, spec.bits_budget);
+  RF_ASSIGN_OR_RETURN(const std::vector<size_t> chosen, quantize::AllotBits(groups, budget));
+  bits = quantize::BitsByModule(groups, chosen);
+  std::map<int64_t, int64_t> weights;
+  int64_t bytes = 0;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    weights[groups[g].options[chosen[g]].bits] += groups[g].weights;
+    bytes += groups[g].options[chosen[g]].bytes;
+  }
+  std::string text;
+  for (const auto& [width, count] : weights) text += Join(text.empty() ? "" : ", ", width, " bits: ", count, " weights");
+  context.events.Note("mixed_bits", Join(text, "; ", bytes, " of ", budget, " bytes"));
+  RF_RETURN_IF_ERROR(journal.WriteFact(kBitsFact, bits));
+  return bits;
+}
+
+void MeasureErrors(const quantize::QuantizedModel& quantized, TaskContext& context) {
   double worst = 0, sum = 0, rounding = 0;
+  std::string worst_module;
+  int64_t fallbacks = 0;
   for (const auto& [module, report] : quantized.reports) {
-    for (const std::string& note : report.notes) context.events.Note("gptq_fallback", Join(module, ": ", note));
+    if (report.relative_error > worst) worst_module = module;
     worst = std::max(worst, report.relative_error);
     sum += report.relative_error;
     rounding += report.rtn_relative_error;
+    fallbacks += report.notes.empty() ? 0 : 1;
   }
-  auto modules = static_cast<double>(quantized.reports.size());
-  context.events.Measure({.name = "relative_error", .value = sum / modules, .count = quantized.reports.size()});
-  context.events.Measure({.name = "relative_error_rounding", .value = rounding / modules, .count = quantized.reports.size()});
-  context.events.Measure({.name = "relative_error_worst", .value = worst, .count = quantized.reports.size()});
-  return quantize::SaveQuantized(quantized, context.outputs);
+  const auto modules = static_cast<double>(quantized.reports.size());
+  const auto measure = [&](const char* name, double value, const char* unit = "") {
+    context.events.Measure({.name = name, .value = value, .count = quantized.reports.size(), .unit = unit});
+  };
+  measure("relative_error", sum / modules);
+  measure("relative_error_rounding", rounding / modules);
+  measure("relative_error_worst", worst);
+  measure("fallbacks", static_cast<double>(fallbacks));
+  const quantize::QuantizeTimes& t = quantized.times;
+  measure("forward_seconds", t.forward_seconds, "s");
+  measure("hessian_seconds", t.hessian_seconds, "s");
+  measure("solve_seconds", t.solve_seconds, "s");
+  measure("journal_seconds", t.journal_seconds, "s");
+  std::fprintf(stderr, "worst module %s: relative error %.5f\n", worst_module.c_str(), worst);
+  for (const auto& [module, seconds] : t.module_seconds) {
+    const quantize::GptqReport& report = quantized.reports.at(module);
+    std::fprintf(stderr, "%-40s error %.5f, rounded %.5f, damping %.3g, %.2f s\n", module.c_str(), report.relative_error,
+                 report.rtn_relative_error, report.damp_fraction, seconds);
+  }
+}
+
+// Reports the held-out figures and holds them against the gates.
+Status CheckGates(const GptqSpec& spec, const std::optional<quantize::HeldOutFigures>& figures, TaskContext& context) {
+  if (!figures || figures->tokens == 0) {
+    if (spec.max_kl <= 0 && spec.max_ppl_ratio <= 0) return absl::OkStatus();
+    return FailedPrecondition("quantize.gptq has a gate (max_kl or max_ppl_ratio), but there is no held-out text to measure on: "
+                              "raise data.curate.held_out_fraction or data.synthesize.examples");
+  }
+  const auto measure = [&](const char* name, double value, const char* unit) {
+    context.events.Measure({.name = name, .value = value, .count = static_cast<uint64_t>(figures->tokens), .unit = unit});
+  };
+  const double ratio = figures->quantized_perplexity / figures->source_perplexity;
+  measure("source_perplexity", figures->source_perplexity, "");
+  measure("quantized_perplexity", figures->quantized_perplexity, "");
+  measure("rounded_perplexity", figures->rounded_perplexity, "");
+  measure("quantized_kl", figures->quantized_kl, "nats");
+  measure("rounded_kl", figures->rounded_kl, "nats");
+  const char* fix = "; give more bits, a smaller group_size or more calibration_tokens, or a wider bound";
+  if (spec.max_kl > 0 && !(figures->quantized_kl <= spec.max_kl)) {
+    return FailedPrecondition("the quantized model's KL to the unquantized one is ", figures->quantized_kl, " nats on ", figures->tokens,
+                              " held-out tokens, above quantize.gptq.max_kl ", spec.max_kl, fix);
+  }
+  if (spec.max_ppl_ratio > 0 && !(ratio <= spec.max_ppl_ratio)) {
+    return FailedPrecondition("the quantized model's perplexity is ", ratio, " times the unquantized one's (", figures->quantized_perplexity,
+                              " and ", figures->source_perplexity, " on ", figures->tokens,
+                              " held-out tokens), above quantize.gptq.max_ppl_ratio ", spec.max_ppl_ratio, fix);
+  }
+  return absl::OkStatus();
+}
+
+int64_t Tokens(const std::vector<std::vector<int32_t>>& sequences) {
+  int64_t tokens = 0;
+  for (const auto& sequence : sequences) tokens += static_cast<int64_t>(sequence.size());
+  return tokens;
+}
+
+}  // namespace
+
+Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
+  c10::InferenceMode inference;
+  const GptqSpec& gptq = spec.gptq;
+  RF_ASSIGN_OR_RETURN(const quantize::GptqSettings settings, SettingsOf(gptq));
+  RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));
+  RF_ASSIGN_OR_RETURN(auto tokenizer, tokenizer::Tokenizer::Load(student.folder->path()));
+  RF_ASSIGN_OR_RETURN(const StreamedModel model, OpenStreamed(context, student));
+  const model::ModelConfig& config = model.lm->config();
+  RF_RETURN_IF_ERROR(quantize::CheckGroupSize(config, gptq.bits, gptq.group_size));
+  if (const std::string ragged = quantize::RaggedGroupsNote(config, gptq.group_size); !ragged.empty())
+    context.events.Note("ragged_groups", ragged);
+
+  nlohmann::json facts;
+  RF_ASSIGN_OR_RETURN(const Calibration calibration, Calibrate(gptq, *tokenizer, context, &facts));
+  RF_ASSIGN_OR_RETURN(const quantize::TokenSequences held_out, HeldOutText(gptq, *tokenizer, context));
+  const quantize::PlanRequest request{.calibration_tokens = calibration.tokens, .held_out_tokens = Tokens(held_out.ids),
+                                      .native_stream = settings.alpha > 0};
+  RF_ASSIGN_OR_RETURN(const quantize::QuantizePlan plan,
+                      quantize::MakePlan(config, request, gptq.memory_mib << 20, quantize::MeasureRates()));
+  context.events.Note("quantize_plan", plan.Text());
+
+  ::malloc_trim(0);  // what tokenizing and measuring took
+
+  RF_ASSIGN_OR_RETURN(const nlohmann::json fingerprint, Fingerprint(gptq, settings, student, calibration, context));
+  const bool checkpoints = !context.checkpoints.empty();
+  const std::filesystem::path folder = checkpoints ? context.checkpoints / "journal" : context.outputs / ".journal";
+  RF_ASSIGN_OR_RETURN(quantize::Journal journal, quantize::Journal::Open(folder, fingerprint, context.events));
+  if (!context.resume.empty()) RF_RETURN_IF_ERROR(journal.Adopt(context.resume, context.events));
+  if (!journal.modules().empty())
+    context.events.Note("resumed", Join(journal.modules().size(), " modules were quantized before this attempt"));
+
+  quantize::QuantizeOptions options{.layers = model.layer, .journal = &journal, .keep_inputs = plan.keep_inputs};
+  RF_ASSIGN_OR_RETURN(options.bits, AllotModules(gptq, settings, model, calibration, journal, context));
+  if (!held_out.ids.empty()) options.held_out = &held_out;
+  if (checkpoints) {
+    options.publish = [&](int64_t modules) -> Status {
+      const std::string name = Join("modules-", modules);
+      RF_RETURN_IF_ERROR(journal.Publish(name));
+      context.events.CheckpointReady(name, static_cast<uint64_t>(modules));
+      return absl::OkStatus();
+    };
+  }
+  RF_ASSIGN_OR_RETURN(quantize::QuantizedModel quantized,
+                      quantize::QuantizeModel(*model.lm, {.ids = calibration.sequences, .weights = {}}, settings, options, context.events));
+  quantized.calibration_facts = std::move(facts);
+  MeasureErrors(quantized, context);
+  RF_RETURN_IF_ERROR(CheckGates(gptq, quantized.held_out, context));
+  RF_RETURN_IF_ERROR(quantize::SaveQuantized(quantized, journal, context.outputs, context.events));
+  std::error_code error;
+  if (!checkpoints) std::filesystem::remove_all(folder, error);
+  return absl::OkStatus();
 }
 
 }  // namespace refinery::task

@@ -85,7 +85,7 @@ void FillRest(v1::Recipe* recipe) {
   if (!recover->has_enabled()) recover->set_enabled(true);
   recover->set_steps(Or(recover->steps(), 100));
   recover->set_tokens_per_step(Or(recover->tokens_per_step(), 512));
-  recover->set_learning_rate(Or(recover->learning_rate(), 0.004));
+  recover->set_learning_rate(Or(recover->learning_rate(), gptq->bits() < 4 ? 0.004 : 0.002));
   recover->set_sequence_length(Or(recover->sequence_length(), 256));
   if (!recover->has_patience()) recover->set_patience(3);
   recover->set_evaluate_every(Or(recover->evaluate_every(), 25));

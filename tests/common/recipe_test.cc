@@ -89,7 +89,7 @@ TEST(RecipeTest, FillsTheDocumentedDefaults) {
   EXPECT_TRUE(r.quantize().recover().enabled());
   EXPECT_EQ(r.quantize().recover().steps(), 100u);
   EXPECT_EQ(r.quantize().recover().tokens_per_step(), 512u);
-  EXPECT_EQ(r.quantize().recover().learning_rate(), 0.004);
+  EXPECT_EQ(r.quantize().recover().learning_rate(), 0.002);
   EXPECT_EQ(r.quantize().recover().sequence_length(), 256u);
   EXPECT_EQ(r.quantize().recover().patience(), 3u);
   EXPECT_EQ(r.quantize().recover().evaluate_every(), 25u);

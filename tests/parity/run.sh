@@ -32,6 +32,8 @@ failed=0
 "$venv/bin/python" "$here/compare.py" "$build/bin/refinery-task" "$work" || failed=1
 # Also alone: families.py REFINERY_TASK [--only NAME]
 "$venv/bin/python" "$here/families.py" "$build/bin/refinery-task" || failed=1
+# Also alone: packing.py PACKING_PROBE
+"$venv/bin/python" "$here/packing.py" "$build/bin/packing_probe" || failed=1
 # Also alone: tokenizer_peers.py PROBE [SMOLLM2.gguf] [TOKENIZERS] [STORIES]
 "$venv/bin/python" "$here/tokenizer_peers.py" "$build/bin/tokenizer_probe" \
   "${REFINERY_MODELS_DIR:-$HOME/.cache/refinery/models}/SmolLM2-135M-Instruct.Q4_1.gguf" \

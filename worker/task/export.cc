@@ -10,6 +10,38 @@
 
 namespace refinery::task {
 
+namespace {
+
+// One folder per format, named like it, from the same codes; each is read back before it counts.
+Status ExportFormats(const ExportSpec& spec, TaskContext& context, const checkpoint::ModelFolder& base,
+                     const quantize::QuantizedModel& quantized, const exporting::ModelCard& card) {
+  RF_ASSIGN_OR_RETURN(const std::vector<exporting::Format> formats, exporting::FormatsOf(spec.formats));
+  for (const exporting::Format format : formats) {
+    const std::filesystem::path folder = context.outputs / exporting::FormatName(format);
+    switch (format) {
+      case exporting::Format::kGptq:
+      case exporting::Format::kGptqV2:
+        RF_RETURN_IF_ERROR(exporting::ExportGptqFolder(base, quantized, card, folder, format));
+        break;
+      case exporting::Format::kCompressedTensors:
+        RF_RETURN_IF_ERROR(exporting::ExportCompressedTensorsFolder(base, quantized, card, folder));
+        break;
+      case exporting::Format::kGguf:
+        RF_RETURN_IF_ERROR(exporting::ExportGgufFolder(
+            base, quantized, card, {.embeddings_q8_0 = spec.gguf_embeddings_q8_0, .head_q8_0 = spec.gguf_head_q8_0}, folder));
+        break;
+    }
+    RF_ASSIGN_OR_RETURN(const exporting::ModelBytes bytes, exporting::BytesOf(folder));
+    const std::string name(exporting::FormatName(format));
+    context.events.Measure({.name = name + "/model_bytes", .value = static_cast<double>(bytes.model), .unit = "bytes"});
+    context.events.Measure({.name = name + "/model_bytes_without_embeddings", .value = static_cast<double>(bytes.without_embeddings), .unit = "bytes"});
+    context.events.Measure({.name = name + "/linear_bytes_to_bf16", .value = bytes.linear_ratio(), .unit = "share"});
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 Status Export(const ExportSpec& spec, TaskContext& context) {
   c10::InferenceMode inference;
   context.events.Report({.phase = "exporting", .total = 3});
@@ -17,9 +49,8 @@ Status Export(const ExportSpec& spec, TaskContext& context) {
   RF_ASSIGN_OR_RETURN(checkpoint::PeftAdapter adapter, checkpoint::LoadPeftAdapter(context.inputs / "adapter"));
   RF_ASSIGN_OR_RETURN(quantize::QuantizedModel quantized, quantize::LoadQuantized(context.inputs / "quantized"));
   exporting::ModelCard card{.name = spec.name, .base_model = std::filesystem::path(student.ref.uri).stem().string()};
-  RF_RETURN_IF_ERROR(exporting::ExportGptqFolder(*student.folder, quantized, card, context.outputs / "gptq"));
+  RF_RETURN_IF_ERROR(ExportFormats(spec, context, *student.folder, quantized, card));
   context.events.Report({.phase = "exporting", .done = 1, .total = 3});
-  RF_RETURN_IF_ERROR(exporting::VerifyGptqFolder(*student.folder, quantized, context.outputs / "gptq"));
   RF_RETURN_IF_ERROR(exporting::ExportAdapterFolder(adapter, card, context.outputs / "adapter"));
   if (spec.merged_model) RF_RETURN_IF_ERROR(exporting::ExportMergedFolder(*student.folder, adapter, card, context.outputs / "merged"));
   context.events.Report({.phase = "exporting", .done = 2, .total = 3});

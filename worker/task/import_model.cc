@@ -1,5 +1,7 @@
 #include "common/files.h"
 #include "worker/task/checkpoint/import.h"
+#include "worker/task/export/gguf_vocabulary.h"
+#include "worker/task/export/loader_lint.h"
 #include "worker/task/model/config.h"
 #include "worker/task/models.h"
 #include "worker/task/quantize/model_quantizer.h"
@@ -8,10 +10,33 @@
 namespace refinery::task {
 namespace {
 
+// Formats that cannot hold the settings, or the tokenizer, are refused; loaders that will not take them are noted.
+Status Lint(const ImportModelSpec& spec, const TaskContext& context, const ResolvedModel& imported, const model::ModelConfig& config) {
+  RF_ASSIGN_OR_RETURN(const std::vector<exporting::Format> formats, exporting::FormatsOf(spec.formats));
+  exporting::QuantSettings settings{.bits = spec.gptq.bits, .group_size = spec.gptq.group_size,
+                                    .symmetric = spec.gptq.grid != "asymmetric", .act_order = spec.gptq.order == "classic"};
+  // Which layer gets which width is not known yet.
+  if (spec.gptq.bits_budget > 0 || spec.gptq.bytes_budget > 0) settings.mixed = {2, 3, 4, 8};
+  for (const exporting::Format format : formats) {
+    RF_RETURN_IF_ERROR(exporting::CheckFormat(config, settings, format));
+    if (format == exporting::Format::kGguf)
+      RF_RETURN_IF_ERROR(exporting::GgufVocabulary(imported.folder->path(), config.vocab_size).status());
+  }
+  for (const exporting::Verdict& verdict : exporting::LintLoaders(config, settings, formats)) {
+    if (verdict.accepts) continue;
+    context.events.Note("loader_refuses", Join(exporting::FormatName(verdict.format), ": ", verdict.loader, " will not load it: ", verdict.why,
+                                               verdict.nearest.empty() ? "" : Join("; nearest: ", verdict.nearest)));
+  }
+  return absl::OkStatus();
+}
+
 // What would stop the job later is refused now: settings that do not fit the student, a teacher with another tokenizer.
 Status CheckFits(const ImportModelSpec& spec, const TaskContext& context, const ResolvedModel& imported) {
   RF_ASSIGN_OR_RETURN(model::ModelConfig config, model::ModelConfig::FromJson(imported.folder->config()));
-  if (spec.gptq.bits > 0) RF_RETURN_IF_ERROR(quantize::CheckGroupSize(config, spec.gptq.bits, spec.gptq.group_size));
+  if (spec.gptq.bits > 0) {
+    RF_RETURN_IF_ERROR(quantize::CheckGroupSize(config, spec.gptq.bits, spec.gptq.group_size));
+    RF_RETURN_IF_ERROR(Lint(spec, context, imported, config));
+  }
   if (!context.HasInput("student")) return absl::OkStatus();
   RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));
   return CheckSameTokenizer(imported, student);

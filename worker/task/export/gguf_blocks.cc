@@ -41,7 +41,8 @@ uint32_t BlockType(const quantize::QuantizedLinear& linear) {
 }
 
 at::Tensor BlockMinimums(const quantize::QuantizedLinear& linear) {
-  return (-linear.zeros.cpu().to(at::kFloat) * linear.scales.cpu().to(at::kFloat)).to(at::kHalf).contiguous();
+  // 0 - x, not -x: a zero point of 0 gives +0.
+  return (0 - linear.zeros.cpu().to(at::kFloat) * linear.scales.cpu().to(at::kFloat)).to(at::kHalf).contiguous();
 }
 
 at::Tensor EncodeBlocks(const quantize::QuantizedLinear& linear) {

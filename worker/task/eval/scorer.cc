@@ -11,32 +11,29 @@
 namespace refinery::eval {
 namespace {
 
-// One continuation token that a node predicts.
-struct Target {
-  int64_t row = 0;       // into the batch's wanted nodes
-  int64_t token = 0;
-  size_t sequence = 0;
+struct Targets {
+  std::vector<int64_t> nodes;         // wanted, each once, ascending
+  std::vector<TargetToken> tokens;    // sorted by node
+  std::vector<size_t> sequences;      // of each token
 };
 
-// Every wanted node once, and the targets sorted by node. Choices that share a node share its row of logits.
-std::pair<std::vector<int64_t>, std::vector<Target>> CollectTargets(const TreeBatch& batch,
-                                                                    const std::vector<data::EncodedPair>& pairs) {
-  std::map<int64_t, std::vector<Target>> by_node;
+// Choices that share a node share its row of logits.
+Targets CollectTargets(const TreeBatch& batch, const std::vector<data::EncodedPair>& pairs) {
+  std::map<int64_t, std::vector<std::pair<int64_t, size_t>>> by_node;
   for (const TreePath& path : batch.paths) {
     for (size_t i = 0; i < path.nodes.size(); ++i) {
-      by_node[path.nodes[i]].push_back({.token = pairs[path.sequence].continuation[i], .sequence = path.sequence});
+      by_node[path.nodes[i]].emplace_back(pairs[path.sequence].continuation[i], path.sequence);
     }
   }
-  std::vector<int64_t> nodes;
-  std::vector<Target> targets;
-  for (auto& [node, wanted] : by_node) {
-    for (Target& target : wanted) {
-      target.row = static_cast<int64_t>(nodes.size());
-      targets.push_back(target);
+  Targets targets;
+  for (const auto& [node, wanted] : by_node) {
+    for (const auto& [token, sequence] : wanted) {
+      targets.tokens.push_back({.row = static_cast<int64_t>(targets.nodes.size()), .token = token});
+      targets.sequences.push_back(sequence);
     }
-    nodes.push_back(node);
+    targets.nodes.push_back(node);
   }
-  return {std::move(nodes), std::move(targets)};
+  return targets;
 }
 
 struct Chosen {
@@ -65,6 +62,11 @@ Scorer::Scorer(std::shared_ptr<const model::CausalLm> model, std::shared_ptr<con
                runtime::Reporter& reporter, const ScorerOptions& options)
     : model_(std::move(model)), tokenizer_(std::move(tokenizer)), reporter_(reporter), options_(options) {
   if (options_.max_length <= 0) options_.max_length = model_->config().max_position;
+  if (PairTreePass::Works(*model_)) pairs_ = std::make_unique<PairTreePass>(model_);
+  // Attention of the pair kernels costs what a node's ancestors cost: whatever is shared is worth sharing. ATen's costs the square
+  // of a block.
+  limits_ = options_.limits.value_or(pairs_ != nullptr ? TreeLimits{.block_tokens = TreeLimits{}.batch_tokens, .min_shared = 1}
+                                                       : TreeLimits{});
 }
 
 void Scorer::Expect(std::string phase, int64_t requests) {
@@ -129,7 +131,7 @@ StatusOr<std::vector<TokenScore>> Scorer::ScoreIds(const std::vector<data::Encod
   size_t done = 0;
   int64_t tokens = 0;
   const auto start = std::chrono::steady_clock::now();
-  for (const TreeBatch& batch : PlanTrees(sequences, options_.limits)) {
+  for (const TreeBatch& batch : PlanTrees(sequences, limits_)) {
     reporter_.Check();
     ScoreBatch(batch, pairs, &scores);
     done += batch.paths.size();
@@ -146,35 +148,40 @@ StatusOr<std::vector<TokenScore>> Scorer::ScoreIds(const std::vector<data::Encod
   return scores;
 }
 
-void Scorer::ScoreBatch(const TreeBatch& batch, const std::vector<data::EncodedPair>& pairs,
-                        std::vector<TokenScore>* scores) {
-  const at::NoGradGuard no_grad;
-  const auto [nodes, targets] = CollectTargets(batch, pairs);
+std::vector<TokenChoice> Scorer::ScoreNodes(const TreeBatch& batch, const std::vector<int64_t>& nodes,
+                                            const std::vector<TargetToken>& targets) {
+  if (pairs_ != nullptr) return pairs_->Score(batch, nodes, targets);
   const at::Tensor hidden = TreeHidden(*model_, batch, nodes);
-  size_t next = 0;
+  std::vector<TokenChoice> choices;
   for (int64_t begin = 0; begin < hidden.size(0); begin += options_.head_rows) {
     const int64_t rows = std::min(options_.head_rows, hidden.size(0) - begin);
     const at::Tensor logits = model_->Logits(hidden.narrow(0, begin, rows)).to(at::kFloat);
     std::vector<int64_t> row_of, token_of;
-    const size_t first = next;
-    for (; next < targets.size() && targets[next].row < begin + rows; ++next) {
+    for (size_t next = choices.size(); next < targets.size() && targets[next].row < begin + rows; ++next) {
       row_of.push_back(targets[next].row - begin);
       token_of.push_back(targets[next].token);
     }
-    const at::Tensor row_index = at::tensor(row_of, at::kLong).to(logits.device());
-    const at::Tensor token_index = at::tensor(token_of, at::kLong).to(logits.device());
-    const auto [log_probabilities, greedy] = Choose(logits, row_index, token_index);
-    const float* values = log_probabilities.const_data_ptr<float>();
-    const bool* firsts = greedy.const_data_ptr<bool>();
-    for (size_t i = first; i < next; ++i) {
-      TokenScore& score = (*scores)[targets[i].sequence];
-      if (!std::isfinite(values[i - first]) && !(values[i - first] < 0)) {
-        throw runtime::NumericException("scoring: a log-probability is not a number");
-      }
-      score.log_likelihood += values[i - first];
-      score.greedy_tokens += firsts[i - first] ? 1 : 0;
-      ++score.tokens;
+    const auto [log_probabilities, greedy] =
+        Choose(logits, at::tensor(row_of, at::kLong).to(logits.device()), at::tensor(token_of, at::kLong).to(logits.device()));
+    for (size_t i = 0; i < row_of.size(); ++i) {
+      choices.push_back({log_probabilities.const_data_ptr<float>()[i], greedy.const_data_ptr<bool>()[i]});
     }
+  }
+  return choices;
+}
+
+void Scorer::ScoreBatch(const TreeBatch& batch, const std::vector<data::EncodedPair>& pairs,
+                        std::vector<TokenScore>* scores) {
+  const at::NoGradGuard no_grad;
+  const Targets targets = CollectTargets(batch, pairs);
+  const std::vector<TokenChoice> choices = ScoreNodes(batch, targets.nodes, targets.tokens);
+  for (size_t i = 0; i < choices.size(); ++i) {
+    const float value = choices[i].log_probability;
+    if (!std::isfinite(value) && !(value < 0)) throw runtime::NumericException("scoring: a log-probability is not a number");
+    TokenScore& score = (*scores)[targets.sequences[i]];
+    score.log_likelihood += value;
+    score.greedy_tokens += choices[i].greedy ? 1 : 0;
+    ++score.tokens;
   }
 }
 

@@ -12,12 +12,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "common/status.h"
 #include "worker/task/data/encoded.h"
 #include "worker/task/data/scoring.h"
+#include "worker/task/eval/pair_tree_pass.h"
 #include "worker/task/eval/prefix_tree.h"
 #include "worker/task/model/causal_lm.h"
 #include "worker/task/runtime/reporter.h"
@@ -29,7 +31,7 @@ struct ScorerOptions {
   int64_t max_length = 0;          // tokens of input; 0 = the model's max_position_embeddings
   int64_t head_rows = 256;         // positions per product with the output head
   bool special_tokens = true;      // the tokenizer's own BOS rule holds (harness.h)
-  TreeLimits limits;
+  std::optional<TreeLimits> limits;  // default: what suits the way the model is run
 };
 
 struct TokenScore {
@@ -63,12 +65,16 @@ class Scorer {
 
  private:
   StatusOr<TreeSequence> InputOf(const data::EncodedPair& pair) const;
+  std::vector<TokenChoice> ScoreNodes(const TreeBatch& batch, const std::vector<int64_t>& nodes,
+                                      const std::vector<TargetToken>& targets);
   void ScoreBatch(const TreeBatch& batch, const std::vector<data::EncodedPair>& pairs, std::vector<TokenScore>* scores);
 
   std::shared_ptr<const model::CausalLm> model_;
   std::shared_ptr<const tokenizer::Tokenizer> tokenizer_;
   runtime::Reporter& reporter_;
   ScorerOptions options_;
+  TreeLimits limits_;
+  std::unique_ptr<PairTreePass> pairs_;   // where it works, else tree_forward.h
   int64_t computed_tokens_ = 0, requested_tokens_ = 0;
   std::string phase_ = "scoring";
   int64_t expected_ = 0, finished_ = 0;   // requests

@@ -20,7 +20,7 @@
 
 #include "worker/task/generate/aligned.h"
 #include "worker/task/generate/forward.h"
-#include "worker/task/generate/pair_attention.h"
+#include "worker/task/model/pair_attention.h"
 #include "worker/task/generate/team.h"
 
 namespace refinery::generate {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "worker/task/generate/pair_simd.h"
+#include "worker/task/model/pair_simd.h"
 #include "worker/task/model/simd.h"
 
 namespace refinery::kernels {

@@ -3,7 +3,7 @@
 // as fast as four rows at once, measured. More rows share the weights in tiles, and ask for the next ones in that same order.
 
 #include "worker/task/generate/cpu_product.h"
-#include "worker/task/generate/pair_simd.h"
+#include "worker/task/model/pair_simd.h"
 
 #if defined(__x86_64__)
 #include <algorithm>

@@ -86,7 +86,7 @@ TEST(ScorerTest, SharedPrefixesGiveTheScoresOfWholeSequences) {
     const std::shared_ptr<const model::CausalLm> model = model::TinyModel(model::TinyVectors(name), at::kFloat);
     const std::vector<data::EncodedPair> pairs = RandomPairs(model->config().vocab_size);
     runtime::NullReporter reporter;
-    Scorer scorer(model, nullptr, reporter, {.head_rows = 5, .limits = {.batch_tokens = 60, .min_shared = 3}});
+    Scorer scorer(model, nullptr, reporter, {.head_rows = 5, .limits = TreeLimits{.batch_tokens = 60, .min_shared = 3}});
     const auto scores = scorer.ScoreIds(pairs);
     ASSERT_THAT(scores, IsOk());
     EXPECT_LT(scorer.computed_tokens(), scorer.requested_tokens());
@@ -104,6 +104,46 @@ TEST(ScorerTest, SharedPrefixesGiveTheScoresOfWholeSequences) {
       EXPECT_NEAR((*scores)[i].log_likelihood, expected, 1e-4);
       EXPECT_EQ((*scores)[i].greedy_tokens, greedy);
       EXPECT_EQ((*scores)[i].tokens, static_cast<int64_t>(pairs[i].continuation.size()));
+    }
+  }
+}
+
+// Goal: the bfloat16 kernels give the same scores up to rounding, with shared prefixes, windows of each layer and normalised heads,
+// in small batches and large ones.
+// Oracle: a model with the same bfloat16 weights computing in float32, over each whole sequence.
+TEST(ScorerTest, PairKernelsAgreeWithFloat32) {
+  for (const char* name : {"qwen3", "qwen3_mixed_window", "qwen3_yarn_mscale"}) {
+    SCOPED_TRACE(name);
+    const nlohmann::json vectors = model::TinyVectors(name);
+    const std::shared_ptr<const model::CausalLm> half = model::TinyModel(vectors, at::kBFloat16);
+    if (!kernels::PairAttentionWorks(16)) GTEST_SKIP() << "this CPU has no AVX512_BF16";
+    ASSERT_TRUE(PairTreePass::Works(*half));
+    const model::TensorSource source = [weights = model::TinyWeights(vectors)](const std::string& tensor) -> StatusOr<at::Tensor> {
+      RF_ASSIGN_OR_RETURN(const at::Tensor exact, weights(tensor));
+      return exact.to(at::kBFloat16).to(at::kFloat);
+    };
+    const auto rounded = model::CausalLm::Load(model::TinyConfig(vectors), source, {.dtype = at::kFloat});
+    ASSERT_THAT(rounded, IsOk());
+    const std::vector<data::EncodedPair> pairs = RandomPairs(half->config().vocab_size);
+    for (const TreeLimits& limits : {TreeLimits{}, TreeLimits{.batch_tokens = 2048, .block_tokens = 2048, .min_shared = 1},
+                                     TreeLimits{.batch_tokens = 20, .block_tokens = 20, .min_shared = 1}}) {
+      runtime::NullReporter reporter;
+      Scorer scorer(half, nullptr, reporter, {.limits = limits});
+      const auto scores = scorer.ScoreIds(pairs);
+      ASSERT_THAT(scores, IsOk());
+      for (size_t i = 0; i < pairs.size(); ++i) {
+        std::vector<int64_t> tokens(pairs[i].context.begin(), pairs[i].context.end());
+        tokens.insert(tokens.end(), pairs[i].continuation.begin(), pairs[i].continuation.end());
+        const at::Tensor logits = (*rounded)->Logits((*rounded)->Hidden(model::Pack({tokens}))).to(at::kDouble);
+        double expected = 0, range = 0;
+        for (size_t t = pairs[i].context.size(); t < tokens.size(); ++t) {
+          const at::Tensor row = logits[static_cast<int64_t>(t) - 1];
+          expected += row.log_softmax(0)[tokens[t]].item<double>();
+          range += (row.max() - row.min()).item<double>();
+        }
+        EXPECT_NEAR((*scores)[i].log_likelihood, expected, 0.01 * range) << "pair " << i;
+        EXPECT_EQ((*scores)[i].tokens, static_cast<int64_t>(pairs[i].continuation.size()));
+      }
     }
   }
 }

@@ -5,7 +5,7 @@
 #include "worker/task/generate/aligned.h"
 #include "worker/task/generate/cpu_product.h"
 #include "worker/task/generate/packed_product.h"
-#include "worker/task/generate/pair_attention.h"
+#include "worker/task/model/pair_attention.h"
 #include "worker/task/model/packed_weight.h"
 
 namespace refinery::generate {

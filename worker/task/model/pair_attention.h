@@ -1,4 +1,4 @@
-// worker/task/generate/pair_attention.h
+// worker/task/model/pair_attention.h
 //
 // Attention over the cache by the bfloat16 dot-product instructions, for decoding and for prompts alike: a few queries that share
 // a key-value head are taken through all keys, softmax in float32, then through all values. Queries and weights are rounded to
@@ -30,7 +30,8 @@ constexpr int kPairQueries = 6;  // at most, in one call
 struct PairQuery {
   const float* query;   // [d], rotated
   simd::Bf16* out;      // [d]
-  int64_t first, last;  // positions it sees, both included
+  int64_t first, last;  // positions it sees, both included; where the item lists blocks:
+  const uint16_t* seen = nullptr;  // [block_count] a bit for each position of a block, the lowest for the first
 };
 
 struct PairAttentionItem {
@@ -41,8 +42,12 @@ struct PairAttentionItem {
   float* scratch;       // PairScratchFloats(...) floats, aligned to 64 bytes
   int64_t head_dim;
   float scale;
+  // Token trees: only these blocks of 16 positions are looked at, of which a query sees at least one position. Every position
+  // of a listed block must hold numbers.
+  const int32_t* blocks = nullptr;
+  int64_t block_count = 0;
 };
-// For items whose positions span at most `span` (last - first + 1 over all their queries).
+// For items whose positions span at most `span` (last - first + 1 over all their queries, or 16 block_count).
 int64_t PairScratchFloats(int64_t span, int64_t head_dim);
 void AttendPairs(const PairAttentionItem& item);
 

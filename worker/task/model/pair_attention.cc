@@ -1,10 +1,9 @@
-#include "worker/task/generate/pair_attention.h"
+#include "worker/task/model/pair_attention.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "worker/task/generate/cpu_kernels.h"
-#include "worker/task/generate/pair_simd.h"
+#include "worker/task/model/pair_simd.h"
 #include "worker/task/model/simd.h"
 
 namespace refinery::kernels {
@@ -36,24 +35,31 @@ RF_BF16_INLINE __m512 ExpOfNegative(__m512 x) {
 
 // What the steps of one call share.
 struct Frame {
-  int64_t d, block0, blocks;  // key blocks [block0, block0 + blocks)
-  Bf16* queries;              // [R, d]
-  float* scores;              // [R, stride]
-  int64_t stride;             // floats of a row of scores: blocks * 16
+  int64_t d = 0, block0 = 0, blocks = 0;  // key blocks [block0, block0 + blocks), or
+  const int32_t* listed = nullptr;      // those of this list
+  Bf16* queries = nullptr;    // [R, d]
+  float* scores = nullptr;    // [R, stride]
+  int64_t stride = 0;         // floats of a row of scores: blocks * 16
 };
 
+template <bool kListed>
+RF_BF16_INLINE int64_t PlaceOf(const Frame& f, int64_t block) {
+  return kListed ? f.listed[block] : f.block0 + block;
+}
+
 // Scores of R queries against N key blocks.
-template <int R, int N>
+template <int R, int N, bool kListed>
 RF_BF16_INLINE void ScoreBlocks(const Frame& f, const Bf16* keys, int64_t block, __m512 scale) {
   const int64_t d = f.d;
-  const Bf16* k = keys + (f.block0 + block) * kBlock * d;
+  const Bf16* k[N];
+  for (int n = 0; n < N; ++n) k[n] = keys + PlaceOf<kListed>(f, block + n) * kBlock * d;
   __m512 sums[R][N];
   for (int r = 0; r < R; ++r) {
     for (int n = 0; n < N; ++n) sums[r][n] = _mm512_setzero_ps();
   }
   for (int64_t j = 0; j < d; j += 2) {
     __m512bh pairs[N];
-    for (int n = 0; n < N; ++n) pairs[n] = LoadPairs(k + n * kBlock * d + j * kBlock);
+    for (int n = 0; n < N; ++n) pairs[n] = LoadPairs(k[n] + j * kBlock);
     for (int r = 0; r < R; ++r) {
       const __m512bh query = SplatPair(f.queries + r * d + j);
       for (int n = 0; n < N; ++n) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], query, pairs[n]);
@@ -64,12 +70,22 @@ RF_BF16_INLINE void ScoreBlocks(const Frame& f, const Bf16* keys, int64_t block,
   }
 }
 
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+void HideOutside(float* scores, int64_t count, int64_t first, int64_t last) {
+  for (int64_t t = 0; t < first; ++t) scores[t] = kLowest;
+  for (int64_t t = last + 1; t < count; ++t) scores[t] = kLowest;
+}
+
+RF_BF16_TARGET void HideUnseen(float* scores, int64_t blocks, const uint16_t* seen) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (seen[b] != 0xffff) _mm512_mask_store_ps(scores + b * kBlock, static_cast<__mmask16>(~seen[b]), _mm512_set1_ps(kLowest));
+  }
+}
+
 // Scores become weights in bfloat16, in place (a weight at half its score's offset); returns 1 / their sum.
-RF_BF16_TARGET float Weigh(float* scores, int64_t count, int64_t first, int64_t last) {
-  const float lowest = -std::numeric_limits<float>::infinity();
-  for (int64_t t = 0; t < first; ++t) scores[t] = lowest;
-  for (int64_t t = last + 1; t < count; ++t) scores[t] = lowest;
-  __m512 highest = _mm512_set1_ps(lowest), total = _mm512_setzero_ps();
+RF_BF16_TARGET float Weigh(float* scores, int64_t count) {
+  __m512 highest = _mm512_set1_ps(kLowest), total = _mm512_setzero_ps();
   for (int64_t t = 0; t < count; t += kBlock) highest = _mm512_max_ps(highest, _mm512_load_ps(scores + t));
   const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
   auto* weights = reinterpret_cast<Bf16*>(scores);
@@ -81,21 +97,31 @@ RF_BF16_TARGET float Weigh(float* scores, int64_t count, int64_t first, int64_t 
   return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-// Numbers [column, column + 16 N) of the outputs.
+// sums += weights of positions [at, at + count) of the scores times `values`.
 template <int R, int N>
-RF_BF16_INLINE void MixValues(const Frame& f, const PairAttentionItem& item, int64_t column, int64_t count, const float* inverse) {
-  const Bf16* values = item.values + (f.block0 * kBlock * f.d + column * 2);
-  __m512 sums[R][N];
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) sums[r][n] = _mm512_setzero_ps();
-  }
+RF_BF16_INLINE void MixRun(const Frame& f, const Bf16* values, int64_t at, int64_t count, __m512 (&sums)[R][N]) {
   for (int64_t t = 0; t < count; t += 2) {
     __m512bh pairs[N];
     for (int n = 0; n < N; ++n) pairs[n] = LoadPairs(values + t * f.d + n * 32);
     for (int r = 0; r < R; ++r) {
-      const __m512bh weight = SplatPair(reinterpret_cast<const Bf16*>(f.scores + r * f.stride) + t);
+      const __m512bh weight = SplatPair(reinterpret_cast<const Bf16*>(f.scores + r * f.stride) + at + t);
       for (int n = 0; n < N; ++n) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], weight, pairs[n]);
     }
+  }
+}
+
+// Numbers [column, column + 16 N) of the outputs; `count` positions where the blocks are not listed.
+template <int R, int N, bool kListed>
+RF_BF16_INLINE void MixValues(const Frame& f, const PairAttentionItem& item, int64_t column, int64_t count, const float* inverse) {
+  __m512 sums[R][N];
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) sums[r][n] = _mm512_setzero_ps();
+  }
+  const Bf16* values = item.values + column * 2;
+  if (kListed) {
+    for (int64_t b = 0; b < f.blocks; ++b) MixRun<R, N>(f, values + f.listed[b] * kBlock * f.d, b * kBlock, kBlock, sums);
+  } else {
+    MixRun<R, N>(f, values + f.block0 * kBlock * f.d, 0, count, sums);
   }
   for (int r = 0; r < R; ++r) {
     const __m512 scale = _mm512_set1_ps(inverse[r]);
@@ -105,31 +131,51 @@ RF_BF16_INLINE void MixValues(const Frame& f, const PairAttentionItem& item, int
   }
 }
 
-template <int R>
-RF_BF16_TARGET void Attend(const PairAttentionItem& item) {
-  int64_t first = item.queries[0].first, last = item.queries[0].last;
-  for (int r = 1; r < R; ++r) {
-    first = std::min(first, item.queries[r].first);
-    last = std::max(last, item.queries[r].last);
-  }
-  const int64_t block0 = first / kBlock, blocks = last / kBlock + 1 - block0, d = item.head_dim;
-  const Frame f{d, block0, blocks, reinterpret_cast<Bf16*>(item.scratch), item.scratch + kPairQueries * d / 2, blocks * kBlock};
+template <int R, bool kListed>
+RF_BF16_INLINE void AttendBlocks(const Frame& f, const PairAttentionItem& item, int64_t count) {
+  const int64_t d = f.d;
   for (int r = 0; r < R; ++r) {
     for (int64_t j = 0; j < d; j += 16) StoreHalves(f.queries + r * d + j, _mm512_loadu_ps(item.queries[r].query + j));
   }
   const __m512 scale = _mm512_set1_ps(item.scale);
   int64_t block = 0;
-  for (; block + 4 <= blocks; block += 4) ScoreBlocks<R, 4>(f, item.keys, block, scale);
-  for (; block < blocks; ++block) ScoreBlocks<R, 1>(f, item.keys, block, scale);
+  for (; block + 4 <= f.blocks; block += 4) ScoreBlocks<R, 4, kListed>(f, item.keys, block, scale);
+  for (; block < f.blocks; ++block) ScoreBlocks<R, 1, kListed>(f, item.keys, block, scale);
   float inverse[R];
   for (int r = 0; r < R; ++r) {
-    inverse[r] = Weigh(f.scores + r * f.stride, f.stride, item.queries[r].first - block0 * kBlock,
-                       item.queries[r].last - block0 * kBlock);
+    float* scores = f.scores + r * f.stride;
+    const PairQuery& query = item.queries[r];
+    if (kListed) {
+      HideUnseen(scores, f.blocks, query.seen);
+    } else {
+      HideOutside(scores, f.stride, query.first - f.block0 * kBlock, query.last - f.block0 * kBlock);
+    }
+    inverse[r] = Weigh(scores, f.stride);
   }
-  const int64_t count = last + 1 - block0 * kBlock;  // an odd one takes the next position's weight 0
   int64_t column = 0;
-  for (; column + 64 <= d; column += 64) MixValues<R, 4>(f, item, column, count, inverse);
-  for (; column < d; column += 16) MixValues<R, 1>(f, item, column, count, inverse);
+  for (; column + 64 <= d; column += 64) MixValues<R, 4, kListed>(f, item, column, count, inverse);
+  for (; column < d; column += 16) MixValues<R, 1, kListed>(f, item, column, count, inverse);
+}
+
+template <int R>
+RF_BF16_TARGET void Attend(const PairAttentionItem& item) {
+  const int64_t d = item.head_dim;
+  Frame f{.d = d, .listed = item.blocks, .queries = reinterpret_cast<Bf16*>(item.scratch),
+          .scores = item.scratch + kPairQueries * d / 2};
+  if (item.blocks != nullptr) {
+    f.blocks = item.block_count;
+    f.stride = f.blocks * kBlock;
+    return AttendBlocks<R, true>(f, item, 0);
+  }
+  int64_t first = item.queries[0].first, last = item.queries[0].last;
+  for (int r = 1; r < R; ++r) {
+    first = std::min(first, item.queries[r].first);
+    last = std::max(last, item.queries[r].last);
+  }
+  f.block0 = first / kBlock;
+  f.blocks = last / kBlock + 1 - f.block0;
+  f.stride = f.blocks * kBlock;
+  AttendBlocks<R, false>(f, item, last + 1 - f.block0 * kBlock);  // an odd count takes the next position's weight 0
 }
 
 }  // namespace

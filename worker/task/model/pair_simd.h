@@ -1,4 +1,4 @@
-// worker/task/generate/pair_simd.h
+// worker/task/model/pair_simd.h
 //
 // The instructions of AVX512_BF16 that the bfloat16 kernels share: a vector holds 32 bfloat16, two for each of 16 float sums.
 // Only for files whose functions are marked RF_BF16_TARGET and run behind HasPairs().

@@ -11,7 +11,7 @@
 namespace refinery::quantize {
 namespace {
 
-constexpr int64_t kWidestBytes = int64_t{64} << 20;  // of gate and up side by side
+constexpr int64_t kWidestBytes = int64_t{24} << 20;  // of gate and up side by side: glibc keeps no freed block above 32 MiB
 constexpr int64_t kLargestChunk = 8192;
 constexpr int64_t kChunkUnit = 512;
 
@@ -82,50 +82,72 @@ Activations::Activations(const model::CausalLm& model, const TokenSequences& seq
     // Chunks of the same lengths turn by the same angles.
     const bool same = !chunks_.empty() && chunks_.back().lengths == chunk.lengths;
     chunk.rotary = same ? chunks_.back().rotary : model.MakeRotary(chunk.lengths);
+    chunk.first = tokens_;
     chunk.hidden = model.Embed(at::tensor(ids, at::kLong).to(model.device()));
     if (weighted) SetWeights(weights, chunk);
     tokens_ += chunk.hidden.size(0);
     counted_ += chunk.counted.defined() ? chunk.counted.size(0) : chunk.hidden.size(0);
     chunks_.push_back(std::move(chunk));
   }
+  if (chunks_.empty()) return;
+  hidden_ = at::empty({tokens_, model.config().hidden_size}, chunks_[0].hidden.options());
+  for (Chunk& chunk : chunks_) {
+    const at::Tensor own = hidden_.narrow(0, chunk.first, chunk.hidden.size(0));
+    own.copy_(chunk.hidden);
+    chunk.hidden = own;
+  }
+}
+
+at::Tensor Activations::Place(const Chunk& chunk, int64_t columns) const {
+  const model::ModelConfig& c = model_.config();
+  const int64_t narrow = std::max(c.hidden_size, c.num_heads * c.head_dim);
+  const int64_t widest = keep_inputs_ ? std::max(narrow, c.intermediate_size) : narrow;
+  if (columns > widest) return {};
+  if (!inputs_.defined()) inputs_ = at::empty({tokens_ * widest}, hidden_.options());
+  const int64_t rows = chunk.hidden.size(0);
+  return inputs_.narrow(0, chunk.first * widest, rows * columns).view({rows, columns});
+}
+
+at::Tensor Activations::Next(const model::DecoderLayer& layer, Stage stage, Chunk& c, const at::Tensor& input) const {
+  switch (stage) {
+    case Stage::kQkv:
+      return model_.Normalize(c.hidden, layer.input_norm);
+    case Stage::kO: {
+      const std::vector<at::Tensor> qkv =
+          model::Project(input, {&layer.q, &layer.k, &layer.v})
+              .split_with_sizes({layer.q.outputs(), layer.k.outputs(), layer.v.outputs()}, 1);
+      return model_.Attend(layer, qkv[0], qkv[1], qkv[2], c.lengths, c.rotary);
+    }
+    case Stage::kGateUp:
+      c.hidden.add_(layer.o(input));
+      return model_.Normalize(c.hidden, layer.post_attention_norm);
+    case Stage::kDown:
+      return model::SiluMul(model::Project(input, {&layer.gate, &layer.up}));
+  }
+  return {};
 }
 
 void Activations::Advance(const model::DecoderLayer& layer, Stage stage, Chunk& c) const {
-  switch (stage) {
-    case Stage::kQkv:
-      c.input = model_.Normalize(c.hidden, layer.input_norm);
-      return;
-    case Stage::kO: {
-      const std::vector<at::Tensor> qkv =
-          model::Project(c.input, {&layer.q, &layer.k, &layer.v})
-              .split_with_sizes({layer.q.outputs(), layer.k.outputs(), layer.v.outputs()}, 1);
-      c.input = model_.Attend(layer, qkv[0], qkv[1], qkv[2], c.lengths, c.rotary);
-      return;
-    }
-    case Stage::kGateUp:
-      c.hidden = c.hidden + layer.o(c.input);
-      c.input = model_.Normalize(c.hidden, layer.post_attention_norm);
-      return;
-    case Stage::kDown:
-      if (!c.input.defined()) c.input = model_.Normalize(c.hidden, layer.post_attention_norm);
-      c.input = model::SiluMul(model::Project(c.input, {&layer.gate, &layer.up}));
-      return;
-  }
+  const at::Tensor next = Next(layer, stage, c, c.input);
+  const at::Tensor place = Place(c, next.size(1));
+  c.input = place.defined() ? place.copy_(next) : next;
 }
 
 void Activations::FinishLayer(const model::DecoderLayer& layer) {
   for (Chunk& chunk : chunks_) {
-    if (!chunk.input.defined()) Advance(layer, Stage::kDown, chunk);
-    chunk.hidden = chunk.hidden + layer.down(chunk.input);
+    if (!chunk.input.defined()) {
+      chunk.input = Next(layer, Stage::kDown, chunk, model_.Normalize(chunk.hidden, layer.post_attention_norm));
+    }
+    chunk.hidden.add_(layer.down(chunk.input));
     chunk.input.reset();
   }
 }
 
 void Activations::ForwardLayer(const model::DecoderLayer& layer) {
   for (Chunk& chunk : chunks_) {
-    for (const Stage stage : kStages) Advance(layer, stage, chunk);
-    chunk.hidden = chunk.hidden + layer.down(chunk.input);
-    chunk.input.reset();
+    at::Tensor input;
+    for (const Stage stage : kStages) input = Next(layer, stage, chunk, input);
+    chunk.hidden.add_(layer.down(input));
   }
 }
 

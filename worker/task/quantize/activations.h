@@ -7,7 +7,8 @@
 // input of a stage depends on the weights of the stages before it, so Advance is called once those are final.
 //
 // Shapes: T tokens of a chunk, H hidden size.  Memory: one hidden state of all tokens and the inputs of the current stage, in the
-// model's dtype; with `keep_inputs` false the widest of these (of down) is made again when it is needed, chunk by chunk.
+// model's dtype, each in one block that stays from layer to layer (freed and taken again piece by piece they would tear the heap
+// into holes); with `keep_inputs` false the widest inputs (of down) are made again when they are needed, chunk by chunk.
 // Errors: c10::Error on shape bugs.  Threads: one caller; the same sequences and weights give the same bits.
 
 #pragma once
@@ -41,6 +42,7 @@ struct TokenSequences {
 
 // Whole sequences whose tokens are worked on together.
 struct Chunk {
+  int64_t first = 0;        // token of all
   std::vector<int64_t> lengths;
   model::Rotary rotary;
   at::Tensor hidden;        // [T, H]
@@ -71,8 +73,15 @@ class Activations {
   static at::Tensor Counted(const Chunk& chunk, const at::Tensor& input);
 
  private:
+  // The input of the stage from that of the stage before; kGateUp also moves chunk.hidden.
+  at::Tensor Next(const model::DecoderLayer& layer, Stage stage, Chunk& chunk, const at::Tensor& input) const;
+  // Where the chunk's input of so many columns is kept; undefined where it is not.
+  at::Tensor Place(const Chunk& chunk, int64_t columns) const;
+
   const model::CausalLm& model_;
   const bool keep_inputs_;
+  at::Tensor hidden_;          // [tokens, H], all chunks
+  mutable at::Tensor inputs_;  // [tokens * widest], taken at the first Advance
   std::vector<Chunk> chunks_;
   int64_t tokens_ = 0;
   int64_t counted_ = 0;

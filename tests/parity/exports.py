@@ -9,8 +9,8 @@ drawn here with fixed seeds. Prints a row per point; the last line is "N passed,
 
 Bounds. Weights: equal as float32, or, where a peer computes them in 16 bits, equal to ours rounded once to its dtype; Q4_1's within
 half a unit in the last place of its float16 minimum. Greedy text: equal up to near-ties, where the peer's own margin is within its
-rounding (relative to the range of its logits): 1e-3 for transformers with gptqmodel, which dequantizes in 16 bits, 1e-2 for
-gptqmodel alone, which computes in 16 bits, 1e-4 for compressed-tensors in float32, 2e-2 for llama.cpp, which rounds activations to 8 bits.
+rounding (relative to the range of its logits): 1e-3 for transformers with gptqmodel, which dequantizes in 16 bits, 1e-4
+for compressed-tensors in float32, 2e-2 for llama.cpp, which rounds activations to 8 bits.
 """
 
 import argparse
@@ -256,7 +256,9 @@ def run_case(task, probe, model, name, flags, formats, work):
             loaded = load_hf(peer, out / form)
             hf_logits(loaded, prompts[0])  # some peers unpack at the first use
             same_weights(label, ours, linear_weights(loaded, ours))
-            bound = {"compressed_tensors": 1e-4}.get(form, 1e-2 if peer == "gptqmodel" else 1e-3)
+            if peer == "gptqmodel":
+                continue  # alone it computes in 16 bits, which takes a CPU minutes a text
+            bound = 1e-4 if form == "compressed_tensors" else 1e-3
             compare_text(label, prompts, greedy, logits, lambda ids: hf_generate(loaded, ids), lambda ids: hf_logits(loaded, ids), bound)
 
 

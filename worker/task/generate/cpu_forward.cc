@@ -204,9 +204,9 @@ at::Tensor CpuForward<T>::StepMany(const StepBatch& batch) {
       team_->Barrier();
       AttendItems(i, Data<T>(context), scores_[static_cast<size_t>(member)], turns_[i].fetch_add(1));
     });
-    const at::Tensor middle = hidden + layer.o(context);
-    const at::Tensor gate_up = model::Project(model_->Normalize(middle, layer.post_attention_norm), {&layer.gate, &layer.up});
-    hidden = middle + layer.down(model::SiluMul(gate_up));
+    const at::Tensor middle = model::ProjectOnto(hidden, context, layer.o);
+    hidden = model::ProjectOnto(
+        middle, model::ProjectGated(model_->Normalize(middle, layer.post_attention_norm), layer.gate, layer.up), layer.down);
   }
   const at::Tensor last = hidden.index_select(0, at::tensor(wanted_, at::kLong));
   return model_->Logits(model_->Normalize(last, model_->final_norm)).to(at::kFloat).contiguous();

@@ -3,6 +3,7 @@
 #include <span>
 
 #include "worker/task/model/causal_lm.h"
+#include "worker/task/model/matmul.h"
 #include "worker/task/model/ops.h"
 #include "worker/task/model/projection.h"
 #include "worker/task/model/rope.h"
@@ -94,9 +95,8 @@ at::Tensor CausalLm::ForwardLayer(const DecoderLayer& layer, const at::Tensor& h
     qkv = NormalizeHeads(*this, layer, parts[0], parts[1], parts[2]);
   }
   const at::Tensor context = PackedAttention(qkv, rotary.cos, rotary.sin, lengths, ShapeOf(config_, layer));
-  const at::Tensor middle = hidden + layer.o(context);
-  const at::Tensor gate_up = Project(Normalize(middle, layer.post_attention_norm), {&layer.gate, &layer.up});
-  return middle + layer.down(SiluMul(gate_up));
+  const at::Tensor middle = ProjectOnto(hidden, context, layer.o);
+  return ProjectOnto(middle, ProjectGated(Normalize(middle, layer.post_attention_norm), layer.gate, layer.up), layer.down);
 }
 
 at::Tensor CausalLm::Hidden(const PackedBatch& batch) const {
@@ -108,7 +108,9 @@ at::Tensor CausalLm::Hidden(const PackedBatch& batch) const {
   return Normalize(hidden, final_norm);
 }
 
-at::Tensor CausalLm::Logits(const at::Tensor& hidden) const { return at::linear(hidden, lm_head); }
+at::Tensor CausalLm::Logits(const at::Tensor& hidden) const {
+  return hidden.dim() == 2 ? Matmul(hidden, lm_head, {}) : at::linear(hidden, lm_head);
+}
 
 Linear* CausalLm::FindLinear(const std::string& name) {
   for (DecoderLayer& layer : layers) {

@@ -1,5 +1,7 @@
 #include "worker/task/runtime/torch.h"
 // The precompiled header comes first.
+#include "worker/task/model/matmul.h"
+#include "worker/task/model/ops.h"
 #include "worker/task/model/projection.h"
 
 namespace refinery::model {
@@ -34,12 +36,12 @@ Plan MakePlan(const std::vector<const Linear*>& layers) {
 }
 
 at::Tensor Base(const at::Tensor& x, const Plan& plan) {
-  if (plan.weight.defined()) return at::linear(x, plan.weight, plan.bias);
+  if (plan.weight.defined()) return Matmul(x, plan.weight, plan.bias);
   std::vector<at::Tensor> outputs;
   for (const Linear* layer : plan.layers) {
-    outputs.push_back(at::linear(x, layer->Weight(x.scalar_type()), layer->bias));
+    outputs.push_back(Matmul(x, layer->Weight(x.scalar_type()), layer->bias));
   }
-  return at::cat(outputs, 1);
+  return outputs.size() == 1 ? outputs.front() : at::cat(outputs, 1);
 }
 
 // d(x) of Base.
@@ -164,6 +166,25 @@ at::Tensor Project(const at::Tensor& x, const std::vector<const Linear*>& layers
   const auto a = [&](size_t i) { return i < layers.size() && layers[i]->lora_a.defined() ? layers[i]->lora_a : none; };
   const auto b = [&](size_t i) { return i < layers.size() && layers[i]->lora_b.defined() ? layers[i]->lora_b : none; };
   return ProjectFunction::apply(x, a(0), b(0), a(1), b(1), a(2), b(2), plan);
+}
+
+namespace {
+
+bool IsPlain(const Linear& layer) { return layer.packed == nullptr && !layer.lora_a.defined(); }
+
+}  // namespace
+
+at::Tensor ProjectGated(const at::Tensor& x, const Linear& gate, const Linear& up) {
+  const bool plain = IsPlain(gate) && IsPlain(up) && !gate.bias.defined() && !up.bias.defined();
+  if (plain && TakesPairMatmul(x, gate.weight) && TakesPairMatmul(x, up.weight)) return GatedMatmul(x, gate.weight, up.weight);
+  return SiluMul(Project(x, {&gate, &up}));
+}
+
+at::Tensor ProjectOnto(const at::Tensor& residual, const at::Tensor& x, const Linear& layer) {
+  if (IsPlain(layer) && TakesPairMatmul(x, layer.weight) && !residual.requires_grad()) {
+    return Matmul(x, layer.weight, layer.bias, residual);
+  }
+  return residual + layer(x);
 }
 
 }  // namespace refinery::model

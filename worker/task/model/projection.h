@@ -22,4 +22,10 @@ at::Tensor StackedView(const std::vector<at::Tensor>& parts);
 // x [T, in] -> [T, sum of out]: the outputs of one to three layers side by side.
 at::Tensor Project(const at::Tensor& x, const std::vector<const Linear*>& layers);
 
+// silu(gate(x)) * up(x).  x [T, in] -> [T, out]
+at::Tensor ProjectGated(const at::Tensor& x, const Linear& gate, const Linear& up);
+
+// residual + layer(x).  residual [T, out], x [T, in] -> [T, out]
+at::Tensor ProjectOnto(const at::Tensor& residual, const at::Tensor& x, const Linear& layer);
+
 }  // namespace refinery::model

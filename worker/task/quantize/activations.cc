@@ -122,7 +122,7 @@ at::Tensor Activations::Next(const model::DecoderLayer& layer, Stage stage, Chun
       c.hidden.add_(layer.o(input));
       return model_.Normalize(c.hidden, layer.post_attention_norm);
     case Stage::kDown:
-      return model::SiluMul(model::Project(input, {&layer.gate, &layer.up}));
+      return model::ProjectGated(input, layer.gate, layer.up);
   }
   return {};
 }

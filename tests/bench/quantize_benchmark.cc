@@ -4,7 +4,7 @@
 //
 //   refinery_quantize_benchmark MODEL CALIBRATION_TEXT TEST_TEXT [--sequences 128] [--length 512] [--bits 4] [--group-size 64]
 //                               [--damp 0.01] [--windows 24] [--threads 2] [--skip-rounding]
-//                               [--streamed] [--journal DIR]
+//                               [--streamed] [--journal DIR] [--bits-budget 3.5] [--alpha 0.25]
 //
 // MODEL is a GGUF file or a Hugging Face folder. Perplexity: consecutive windows of 1,024 tokens, each on its own (23.35 for
 // SmolLM2-135M-Instruct on WikiText-2 raw test, 24 windows). Calibration: the first `sequences` x `length` tokens of the text.
@@ -14,16 +14,20 @@
 
 #include "worker/task/runtime/torch.h"
 
+#include <malloc.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <optional>
 
 #include "common/files.h"
 #include "worker/task/checkpoint/import.h"
 #include "worker/task/model/causal_lm.h"
+#include "worker/task/quantize/mixed_bits.h"
 #include "worker/task/quantize/model_quantizer.h"
 #include "worker/task/quantize/quantized_artifact.h"
 #include "worker/task/runtime/device.h"
@@ -67,7 +71,8 @@ double Perplexity(const model::CausalLm& model, const std::vector<int32_t>& ids,
 struct Arguments {
   std::string model, calibration, test;
   std::map<std::string, double> numbers = {{"--sequences", 128}, {"--length", 512}, {"--bits", 4}, {"--group-size", 64},
-                                           {"--damp", 0.01}, {"--windows", 24}, {"--threads", 2}};
+                                           {"--damp", 0.01}, {"--windows", 24}, {"--threads", 2},
+                                           {"--bits-budget", 0}, {"--alpha", 0}};
   bool skip_rounding = false, streamed = false;
   std::string journal;
 };
@@ -114,7 +119,8 @@ Status Run(const Arguments& arguments) {
     calibration.emplace_back(calibration_ids.begin() + i * length, calibration_ids.begin() + (i + 1) * length);
   }
   const quantize::GptqSettings settings{.bits = number("--bits"), .group_size = number("--group-size"),
-                                        .damp_fraction = arguments.numbers.at("--damp")};
+                                        .damp_fraction = arguments.numbers.at("--damp"),
+                                        .alpha = arguments.numbers.at("--alpha")};
   double rounded = INFINITY;
   RF_ASSIGN_OR_RETURN(auto model, model::CausalLm::Load(*folder, {.layers = !arguments.streamed}));
   RF_RETURN_IF_ERROR(quantize::CheckGroupSize(model->config(), settings.bits, settings.group_size));
@@ -126,6 +132,10 @@ Status Run(const Arguments& arguments) {
     RF_ASSIGN_OR_RETURN(model, model::CausalLm::Load(*folder, {}));
   }
   PrintingReporter reporter;
+  // What tokenizing and the model as it is took does not count.
+  ::malloc_trim(0);
+  std::ofstream("/proc/self/clear_refs") << "5";
+  std::printf("resident before quantizing %.2f GiB\n", static_cast<double>(runtime::PeakMemoryBytes()) / (1 << 30));
   quantize::QuantizeOptions options;
   if (arguments.streamed) {
     options.layers = [&](int64_t index) {
@@ -139,10 +149,32 @@ Status Run(const Arguments& arguments) {
     RF_ASSIGN_OR_RETURN(journal, quantize::Journal::Open(arguments.journal, fingerprint, reporter));
     options.journal = &*journal;
   }
+  quantize::TokenSequences held_out;  // a streamed model is measured along the way
+  for (int64_t i = 0; arguments.streamed && i < number("--windows") && (i + 1) * kWindow <= static_cast<int64_t>(test_ids.size()); ++i) {
+    held_out.ids.emplace_back(test_ids.begin() + i * kWindow, test_ids.begin() + (i + 1) * kWindow);
+  }
+  if (!held_out.ids.empty()) options.held_out = &held_out;
+  if (arguments.numbers.at("--bits-budget") > 0) {
+    quantize::TokenSequences probe{.ids = calibration, .weights = {}};
+    probe.ids.resize(std::min<size_t>(probe.ids.size(), 16));
+    RF_ASSIGN_OR_RETURN(const auto groups, quantize::MeasureBits(*model, options.layers, probe, settings, reporter));
+    const int64_t budget = quantize::BudgetBytes(groups, arguments.numbers.at("--bits-budget"));
+    RF_ASSIGN_OR_RETURN(const auto chosen, quantize::AllotBits(groups, budget));
+    options.bits = quantize::BitsByModule(groups, chosen);
+    for (size_t g = 0; g < groups.size(); ++g) {
+      std::printf("%s%s %lld", g % 4 == 0 ? "\n" : "  ", groups[g].name.c_str(), static_cast<long long>(groups[g].options[chosen[g]].bits));
+    }
+    std::printf("\n");
+  }
   RF_ASSIGN_OR_RETURN(const quantize::QuantizedModel quantized,
                       quantize::QuantizeModel(*model, {.ids = calibration, .weights = {}}, settings, options, reporter));
   std::fprintf(stderr, "\n");
   const double peak = static_cast<double>(runtime::PeakMemoryBytes()) / (1 << 30);
+  if (quantized.held_out) {
+    const quantize::HeldOutFigures& f = *quantized.held_out;
+    std::printf("held-out perplexity: source %.3f, quantized %.3f, rounded %.3f; KL quantized %.4f, rounded %.4f\n", f.source_perplexity,
+                f.quantized_perplexity, f.rounded_perplexity, f.quantized_kl, f.rounded_kl);
+  }
   const double perplexity = arguments.streamed ? NAN : Perplexity(*model, test_ids, number("--windows"));
   std::printf("perplexity quantized %8.3f\n", perplexity);
   double error = 0, nearest = 0;

@@ -27,21 +27,19 @@ class LayerProbe {
 
   std::vector<BitsGroup> Measure(model::DecoderLayer& layer, int64_t index, Activations& activations) {
     std::vector<BitsGroup> groups;
-    const double before = Squares(activations);
-    double middle = 0;
     for (const Stage stage : kStages) {
       Hessian hessian(LinearsOf(layer, stage)[0]->inputs(), activations.chunks()[0].hidden.device());
       for (Chunk& chunk : activations.chunks()) {
         reporter_.Check();
         activations.Advance(layer, stage, chunk);
-        hessian.Add(Activations::Counted(chunk, chunk.input));
+        hessian.Add(stage == Stage::kO || stage == Stage::kDown ? PerResidual(chunk) : chunk.input);
       }
-      if (stage == Stage::kGateUp) middle = Squares(activations);
       groups.push_back(MeasureStage(layer, index, stage, hessian.Matrix()));
     }
     activations.FinishLayer(layer);
-    // Of q k v and o: what attention adds; of gate up and down: what the MLP adds. outputs_ holds the energies of o and down.
-    const double attention = outputs_[1] / std::max(before, middle), mlp = outputs_[3] / std::max(middle, Squares(activations));
+    // Of q k v and o: what attention adds; of gate up and down: what the MLP adds, both as a mean over tokens.
+    const auto tokens = static_cast<double>(activations.tokens());
+    const double attention = std::min(1.0, outputs_[1] / tokens), mlp = std::min(1.0, outputs_[3] / tokens);
     for (size_t stage = 0; stage < groups.size(); ++stage) {
       for (BitsOption& option : groups[stage].options) option.loss *= stage < 2 ? attention : mlp;
     }
@@ -49,11 +47,11 @@ class LayerProbe {
   }
 
  private:
-  // Sum of squares of the hidden states.
-  static double Squares(Activations& activations) {
-    double sum = 0;
-    for (const Chunk& chunk : activations.chunks()) sum += chunk.hidden.to(at::kFloat).square().sum(at::kDouble).item<double>();
-    return std::max(sum, 1e-30);
+  // Inputs of o or down, each token's divided by the length of the residual that its output is added to: the few tokens whose
+  // residual is hundreds of times longer than others' (where attention sinks) would decide everything else.
+  static at::Tensor PerResidual(const Chunk& chunk) {
+    const at::Tensor length = chunk.hidden.to(at::kFloat).square().sum(1, /*keepdim=*/true).clamp_min_(1e-12).sqrt_();
+    return chunk.input.to(at::kFloat).div(length);
   }
 
   BitsGroup MeasureStage(model::DecoderLayer& layer, int64_t index, Stage stage, const at::Tensor& hessian) {

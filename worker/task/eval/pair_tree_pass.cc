@@ -19,6 +19,7 @@ using kernels::PairMatmul;
 using simd::Bf16;
 
 constexpr int64_t kBlock = kernels::kKeyBlock;
+constexpr float kNegligible = -40;  // e^-40 of 64 outputs against 1: below a float's last bit for any vocabulary
 constexpr int64_t kPhases = 5;  // of a layer, whose work is taken in turns
 
 template <typename T = Bf16>
@@ -271,25 +272,24 @@ std::vector<TokenChoice> PairTreePass::Head(int64_t rows, const std::vector<Targ
     ++starts[static_cast<size_t>(panel_of(i)) + 1];
   }
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
-  std::vector<kernels::PanelTop> tops(static_cast<size_t>(panels * rows));
+  tops_.resize(std::max(tops_.size(), static_cast<size_t>(panels * rows)));
   const kernels::PairHead head{.x = normed_.data(), .rows = rows, .inputs = config_.hidden_size, .weight = Data(model_->lm_head),
-                               .outputs = outputs, .tops = tops.data(), .wanted = wanted.data(), .starts = starts.data()};
+                               .outputs = outputs, .tops = tops_.data(), .wanted = wanted.data(), .starts = starts.data()};
   std::vector<kernels::PanelTop> best(static_cast<size_t>(rows));
   std::vector<double> log_sums(static_cast<size_t>(rows));
   team_.Run([&](int member) {
     TakeTurns(panels, member, [&](int64_t panel) { kernels::PairHeadPanel(head, panel, panels_[static_cast<size_t>(member)]); });
     const Share share = ShareOf(rows, member, team_.size());
     for (int64_t row = share.begin; row < share.end; ++row) {
-      kernels::PanelTop top = tops[static_cast<size_t>(row)];
-      double sum = top.sum;
+      const kernels::PanelTop* tops = tops_.data() + row * panels;
+      kernels::PanelTop top = tops[0];
       for (int64_t p = 1; p < panels; ++p) {
-        const kernels::PanelTop& other = tops[static_cast<size_t>(p * rows + row)];
-        if (other.highest > top.highest) {
-          sum = sum * std::exp(static_cast<double>(top.highest) - other.highest) + other.sum;
-          top = other;
-        } else {
-          sum += other.sum * std::exp(static_cast<double>(other.highest) - top.highest);
-        }
+        if (tops[p].highest > top.highest) top = tops[p];  // the first panel of equal ones
+      }
+      double sum = 0;
+      for (int64_t p = 0; p < panels; ++p) {
+        const float below = tops[p].highest - top.highest;
+        if (!(below < kNegligible)) sum += static_cast<double>(tops[p].sum * std::exp(below));
       }
       best[static_cast<size_t>(row)] = top;
       log_sums[static_cast<size_t>(row)] = top.highest + std::log(sum);

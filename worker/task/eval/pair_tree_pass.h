@@ -87,6 +87,7 @@ class PairTreePass {
   std::vector<generate::AlignedVector<uint32_t>> panel_numbers_;  // per member
   std::vector<kernels::PairPanel> panels_;                 // per member
   std::vector<generate::AlignedVector<float>> scores_;     // per member
+  std::vector<kernels::PanelTop> tops_;
   std::vector<std::atomic<int64_t>> turns_;  // taken, of each phase and each member's share
   std::vector<size_t> phase_;                // per member: phases begun
 };

@@ -11,6 +11,8 @@
 namespace refinery::eval {
 namespace {
 
+constexpr int64_t kPairBatch = 2048;  // nodes; a panel of weights is laid out once for all of them
+
 struct Targets {
   std::vector<int64_t> nodes;         // wanted, each once, ascending
   std::vector<TargetToken> tokens;    // sorted by node
@@ -65,7 +67,7 @@ Scorer::Scorer(std::shared_ptr<const model::CausalLm> model, std::shared_ptr<con
   if (PairTreePass::Works(*model_)) pairs_ = std::make_unique<PairTreePass>(model_);
   // Attention of the pair kernels costs what a node's ancestors cost: whatever is shared is worth sharing. ATen's costs the square
   // of a block.
-  limits_ = options_.limits.value_or(pairs_ != nullptr ? TreeLimits{.block_tokens = TreeLimits{}.batch_tokens, .min_shared = 1}
+  limits_ = options_.limits.value_or(pairs_ != nullptr ? TreeLimits{.batch_tokens = kPairBatch, .block_tokens = kPairBatch, .min_shared = 1}
                                                        : TreeLimits{});
 }
 

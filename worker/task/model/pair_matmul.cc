@@ -160,6 +160,7 @@ RF_BF16_TARGET void HeadTile(const PairHead& h, const uint32_t* panel, int64_t i
   __m512 sums[R][kVectors];
   Multiply<R>(h.x + row * h.inputs, h.inputs, panel, h.inputs, sums);
   const int64_t begin = index * kPanelOutputs, count = std::min(kPanelOutputs, h.outputs - begin);
+  const int64_t panels = (h.outputs + kPanelOutputs - 1) / kPanelOutputs;
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_mask_mov_ps(lowest, LanesBelow(count - 16 * v), sums[r][v]);
@@ -173,7 +174,7 @@ RF_BF16_TARGET void HeadTile(const PairHead& h, const uint32_t* panel, int64_t i
       equal |= static_cast<uint64_t>(_mm512_cmp_ps_mask(sums[r][v], top, _CMP_EQ_OQ)) << (16 * v);
     }
     const int first = equal == 0 ? 0 : __builtin_ctzll(equal);  // none equal: not a number, which shows in the sum
-    h.tops[index * h.rows + row + r] = {highest, _mm512_reduce_add_ps(total), static_cast<int32_t>(begin + first)};
+    h.tops[(row + r) * panels + index] = {highest, _mm512_reduce_add_ps(total), static_cast<int32_t>(begin + first)};
     if (*wanted < h.starts[index + 1] && h.wanted[*wanted].row == row + r) {
       alignas(64) float logits[kPanelOutputs];
       for (int v = 0; v < kVectors; ++v) _mm512_store_ps(logits + 16 * v, sums[r][v]);

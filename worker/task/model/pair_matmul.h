@@ -56,7 +56,7 @@ struct PairHead {
   int64_t rows = 0, inputs = 0;
   const simd::Bf16* weight = nullptr;  // [outputs, inputs]
   int64_t outputs = 0;
-  PanelTop* tops = nullptr;            // [panels, rows] out
+  PanelTop* tops = nullptr;            // [rows, panels] out
   // Logits wanted: those of outputs of panel p are wanted[starts[p] .. starts[p + 1]), sorted by row.
   struct Wanted {
     int32_t row = 0, output = 0;

@@ -114,7 +114,7 @@ TEST_F(PairMatmulTest, Head) {
       const int64_t begin = p * kPanelOutputs, count = std::min(kPanelOutputs, outputs - begin);
       for (int64_t row = 0; row < rows; ++row) {
         const at::Tensor part = logits[row].narrow(0, begin, count);
-        const PanelTop& top = tops[static_cast<size_t>(p * rows + row)];
+        const PanelTop& top = tops[static_cast<size_t>(row * panels + p)];
         EXPECT_NEAR(top.highest + std::log(top.sum), at::logsumexp(part, 0).item<double>(), 1e-5);
         EXPECT_EQ(top.first, begin + part.argmax().item<int64_t>());  // the first of equal ones
       }

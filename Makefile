@@ -1,5 +1,5 @@
 # The commands that people type. Everything else is CMake (see CMakePresets.json).
-.PHONY: demo test test-malformed fuzz parity bench-model bench-eval install install-model build programs clean
+.PHONY: demo test test-malformed fuzz parity bench-model bench-eval bench-quantize install install-model build programs clean
 
 PRESET ?= dev
 BUILD := build/$(PRESET)
@@ -45,6 +45,11 @@ bench-model: install-model $(BUILD)/build.ninja
 bench-eval: install-model programs
 	cmake --build $(BUILD) --target eval_test data_test
 	tests/bench/run.sh eval_bench.py --build $(BUILD)
+
+# Quantization and recovery against GPTQModel, in the environment of `make parity`; needs ../shared/data. An hour or more.
+bench-quantize: install-model programs
+	cmake --build $(BUILD) --target refinery_quantize_benchmark refinery_recover_benchmark
+	PYTHONPATH=tests/bench "$$(tests/parity/environment.sh)/bin/python" tests/bench/quantize_bench.py --programs $(BUILD)/bin
 
 install:
 	deploy/install_dependencies.sh

@@ -4,7 +4,8 @@
 //
 //   refinery_quantize_benchmark MODEL CALIBRATION_TEXT TEST_TEXT [--sequences 128] [--length 512] [--bits 4] [--group-size 64]
 //                               [--damp 0.01] [--windows 24] [--threads 2] [--skip-rounding]
-//                               [--streamed] [--journal DIR] [--bits-budget 3.5] [--alpha 0.25]
+//                               [--streamed] [--journal DIR] [--bits-budget 3.5] [--alpha 0.25] [--sweeps 2]
+//   refinery_quantize_benchmark MODEL - TEST_TEXT --measure [--windows 24]      the perplexity of a folder as it is, nothing else
 //
 // MODEL is a GGUF file or a Hugging Face folder. Perplexity: consecutive windows of 1,024 tokens, each on its own (23.35 for
 // SmolLM2-135M-Instruct on WikiText-2 raw test, 24 windows). Calibration: the first `sequences` x `length` tokens of the text.
@@ -72,8 +73,8 @@ struct Arguments {
   std::string model, calibration, test;
   std::map<std::string, double> numbers = {{"--sequences", 128}, {"--length", 512}, {"--bits", 4}, {"--group-size", 64},
                                            {"--damp", 0.01}, {"--windows", 24}, {"--threads", 2},
-                                           {"--bits-budget", 0}, {"--alpha", 0}};
-  bool skip_rounding = false, streamed = false;
+                                           {"--bits-budget", 0}, {"--alpha", 0}, {"--sweeps", 2}};
+  bool skip_rounding = false, streamed = false, measure = false;
   std::string journal;
 };
 
@@ -83,6 +84,8 @@ bool Parse(int argc, char** argv, Arguments* arguments) {
     const std::string word = argv[i];
     if (word == "--skip-rounding") {
       arguments->skip_rounding = true;
+    } else if (word == "--measure") {
+      arguments->measure = true;
     } else if (word == "--streamed") {
       arguments->streamed = true;
     } else if (word == "--journal" && i + 1 < argc) {
@@ -98,6 +101,18 @@ bool Parse(int argc, char** argv, Arguments* arguments) {
   arguments->calibration = places[1];
   arguments->test = places[2];
   return true;
+}
+
+// A folder of any form that loads, GPTQ and compressed-tensors among them.
+Status Measure(const Arguments& arguments) {
+  runtime::SetThreads(static_cast<int>(arguments.numbers.at("--threads")));
+  RF_ASSIGN_OR_RETURN(const auto folder, checkpoint::ModelFolder::Open(arguments.model));
+  RF_ASSIGN_OR_RETURN(const auto tokenizer, tokenizer::Tokenizer::Load(arguments.model));
+  RF_ASSIGN_OR_RETURN(const std::string text, ReadFile(arguments.test));
+  RF_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, tokenizer->Encode(text));
+  RF_ASSIGN_OR_RETURN(const auto model, model::CausalLm::Load(*folder, {}));
+  std::printf("perplexity as it is  %8.3f\n", Perplexity(*model, ids, static_cast<int64_t>(arguments.numbers.at("--windows"))));
+  return absl::OkStatus();
 }
 
 Status Run(const Arguments& arguments) {
@@ -120,7 +135,8 @@ Status Run(const Arguments& arguments) {
   }
   const quantize::GptqSettings settings{.bits = number("--bits"), .group_size = number("--group-size"),
                                         .damp_fraction = arguments.numbers.at("--damp"),
-                                        .alpha = arguments.numbers.at("--alpha")};
+                                        .alpha = arguments.numbers.at("--alpha"),
+                                        .refine_sweeps = number("--sweeps")};
   double rounded = INFINITY;
   RF_ASSIGN_OR_RETURN(auto model, model::CausalLm::Load(*folder, {.layers = !arguments.streamed}));
   RF_RETURN_IF_ERROR(quantize::CheckGroupSize(model->config(), settings.bits, settings.group_size));
@@ -196,12 +212,15 @@ Status Run(const Arguments& arguments) {
 }  // namespace refinery
 
 int main(int argc, char** argv) {
+  // As the program does (worker/task/main.cc).
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   refinery::Arguments arguments;
   if (!refinery::Parse(argc, argv, &arguments)) {
     std::fprintf(stderr, "usage: refinery_quantize_benchmark MODEL CALIBRATION_TEXT TEST_TEXT [options]\n");
     return 2;
   }
-  const refinery::Status status = refinery::Run(arguments);
+  const refinery::Status status = arguments.measure ? refinery::Measure(arguments) : refinery::Run(arguments);
   if (!status.ok()) std::fprintf(stderr, "%s\n", refinery::Message(status).c_str());
   return status.ok() ? 0 : 1;
 }

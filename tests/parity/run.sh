@@ -1,26 +1,9 @@
 #!/usr/bin/env bash
 # Compares what Refinery makes with what the Python peers make of it:  tests/parity/run.sh BUILD_FOLDER
-# The virtual environment is made once per version of the requirements, in ~/.cache/refinery (or REFINERY_PARITY_DIR).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 build=$(cd "$1" && pwd)
-sum=$(cat "$here"/requirements*.txt | sha256sum | cut -c1-12)
-venv=${REFINERY_PARITY_DIR:-$HOME/.cache/refinery}/parity-$sum
-
-if [ ! -f "$venv/complete" ]; then
-  echo "== making the peers' environment in $venv" >&2
-  rm -rf "$venv"
-  python3 -m venv "$venv"
-  for try in 1 2 3; do
-    if "$venv/bin/pip" install -q --disable-pip-version-check -r "$here/requirements.txt" &&
-      "$venv/bin/pip" install -q --disable-pip-version-check --no-build-isolation -r "$here/requirements_gptqmodel.txt"; then
-      touch "$venv/complete"
-      break
-    fi
-    echo "== try $try of 3 failed" >&2
-  done
-  [ -f "$venv/complete" ] || { echo "run.sh: the peers could not be installed" >&2; exit 1; }
-fi
+venv=$("$here/environment.sh")
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,6 +1,6 @@
 """Every export format, loaded by the programs that it is for: the same weights bit by bit, the same greedy text.
 
-  python exports.py REFINERY_TASK EXPORT_PROBE [--only TEXT] [--keep FOLDER]
+  python exports.py REFINERY_TASK EXPORT_PROBE [--only TEXT] [--all] [--keep FOLDER]
 
 export_probe rounds a model to a grid (plain rounding: here the files matter, not the quality) and writes the folders; transformers
 with gptqmodel, gptqmodel alone, transformers with compressed-tensors, gguf-py and llama-cpp-python read them. SmolLM2-135M is looked
@@ -47,6 +47,10 @@ PEERS = {"gptq": ("transformers", "gptqmodel"), "gptq_v2": ("transformers", "gpt
 ALL = ("gptq", "gptq_v2", "compressed_tensors", "gguf")
 CASES = [
     ("SmolLM2-135M", ["--bits", "4", "--group-size", "64"], ALL),
+    *((name, ["--bits", "4", "--group-size", "32"], ALL) for name in TINY),
+]
+# With --all: minutes each, for the peers expand every layer on the CPU.
+MORE_CASES = [
     ("SmolLM2-135M", ["--bits", "4", "--group-size", "32", "--grid", "asymmetric"], ALL),
     ("SmolLM2-135M", ["--bits", "8", "--group-size", "64"], ALL),
     ("SmolLM2-135M", ["--bits", "4", "--group-size", "-1", "--grid", "symmetric", "--q8-embeddings"], ("compressed_tensors", "gguf")),
@@ -54,7 +58,6 @@ CASES = [
     ("SmolLM2-135M", ["--bits", "4", "--group-size", "64", "--mixed", "3"], ALL),
     ("SmolLM2-135M", ["--bits", "3", "--group-size", "64"], ("gptq",)),
     ("SmolLM2-135M", ["--bits", "2", "--group-size", "32"], ("gptq",)),
-    *((name, ["--bits", "4", "--group-size", "32"], ALL) for name in TINY),
 ]
 rows = []
 
@@ -267,6 +270,7 @@ def main():
     parser.add_argument("task")
     parser.add_argument("probe")
     parser.add_argument("--only", default="")
+    parser.add_argument("--all", action="store_true", help="every setting, not only 4 bits with groups of 64")
     parser.add_argument("--keep")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -276,7 +280,7 @@ def main():
         work = pathlib.Path(args.keep or folder)
         work.mkdir(parents=True, exist_ok=True)
         models = {}
-        for number, (name, flags, formats) in enumerate(CASES):
+        for number, (name, flags, formats) in enumerate(CASES + (MORE_CASES if args.all else [])):
             label = name + " " + " ".join(f.removeprefix("--") for f in flags)
             if args.only not in label:
                 continue

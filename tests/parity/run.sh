@@ -15,7 +15,7 @@ failed=0
 "$venv/bin/python" "$here/compare.py" "$build/bin/refinery-task" "$work" || failed=1
 # Also alone: families.py REFINERY_TASK [--only NAME]
 "$venv/bin/python" "$here/families.py" "$build/bin/refinery-task" || failed=1
-# Also alone: exports.py REFINERY_TASK EXPORT_PROBE [--only TEXT]
+# Also alone: exports.py REFINERY_TASK EXPORT_PROBE [--only TEXT] [--all]
 "$venv/bin/python" "$here/exports.py" "$build/bin/refinery-task" "$build/bin/export_probe" || failed=1
 # Also alone: packing.py PACKING_PROBE
 "$venv/bin/python" "$here/packing.py" "$build/bin/packing_probe" || failed=1

@@ -108,7 +108,7 @@ std::string ResolvePath(const std::string& text, const fs::path& folder) {
     const char* home = std::getenv("HOME");
     if (home != nullptr) path = fs::path(home) / text.substr(std::min<size_t>(2, text.size()));
   }
-  return (fs::absolute(folder) / path).lexically_normal().string();
+  return (fs::absolute(folder.empty() ? fs::path(".") : fs::path(folder)) / path).lexically_normal().string();
 }
 
 void ResolvePaths(const fs::path& folder, v1::Recipe* recipe) {

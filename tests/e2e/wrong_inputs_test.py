@@ -107,7 +107,9 @@ def main():
                "tokens_per_step")
         expect("missing data file", run(recipe(folder, a=("file: seeds.jsonl", "file: /nowhere/seeds.jsonl"))), "/nowhere/seeds.jsonl")
         expect("missing model", run(recipe(folder, a=(student, "/nowhere/model.gguf"))), "/nowhere/model.gguf")
-        expect("group size that does not divide", run(recipe(folder, a=("group_size: 64", "group_size: 128"))), "128", "576")
+        expect("group size that the format cannot hold",
+               run(recipe(folder, a=("group_size: 64", "group_size: 128"),
+                          b=("quantize:", "export: {formats: [compressed_tensors]}\nquantize:"))), "128", "576")
         expect("corrupt GGUF", run(recipe(folder, a=(student, corrupt_gguf(folder)))), "corrupt.gguf")
         expect("corrupt safetensors", run(recipe(folder, a=(student, corrupt_safetensors(folder)))), "model.safetensors")
         expect("tokenizers that differ", run(recipe(folder, a=("teacher: {", "teacher: {model: " + other_tokenizer(binaries, folder) + ", "))),

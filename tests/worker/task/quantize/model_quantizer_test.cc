@@ -160,7 +160,9 @@ TEST(ModelQuantizerTest, WrongArtifactsAreRefusedByName) {
   ASSERT_THAT(WriteFileAtomically(folder / "quantized.json", facts.substr(0, facts.size() / 2)), IsOk());
   EXPECT_THAT(LoadQuantized(folder), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("quantized.json")));
   std::string wrong = facts;
-  wrong.replace(wrong.find("\"group_size\": 32"), 16, "\"group_size\": 16");
+  for (size_t at = wrong.find("\"group_size\": 32"); at != std::string::npos; at = wrong.find("\"group_size\": 32")) {
+    wrong.replace(at, 16, "\"group_size\": 16");  // of the whole and of each module
+  }
   ASSERT_THAT(WriteFileAtomically(folder / "quantized.json", wrong), IsOk());
   EXPECT_THAT(LoadQuantized(folder), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("scales")));
 }

@@ -15,8 +15,8 @@
 namespace refinery::api {
 namespace {
 
-constexpr uint32_t kDefaultPageSize = 50;
-constexpr uint32_t kMaxPageSize = 500;
+constexpr int32_t kDefaultPageSize = 50;
+constexpr int32_t kMaxPageSize = 500;
 
 // Runs `command` on the loop and answers with its status once what it did is durable.
 template <typename Command>
@@ -117,6 +117,7 @@ grpc::ServerUnaryReactor* JobServiceImpl::ListJobs(grpc::CallbackServerContext* 
         return InvalidArgument("page_token was not made by this coordinator; start again without one");
       }
     }
+    if (request->page_size() < 0) return InvalidArgument("page_size must not be negative, is ", request->page_size());
     const size_t size = request->page_size() == 0 ? kDefaultPageSize : std::min(request->page_size(), kMaxPageSize);
     for (; end > 0 && static_cast<size_t>(response->jobs_size()) < size; --end) {
       *response->add_jobs() = jobs::ToProto(turn.core.state().jobs.at(order[end - 1]), false, turn.now);

@@ -2,16 +2,27 @@
 
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
+#include <grpcpp/security/tls_certificate_provider.h>
+#include <grpcpp/security/tls_credentials_options.h>
 #include <grpcpp/support/channel_arguments.h>
+#include <grpcpp/support/client_interceptor.h>
 
+#include <mutex>
+#include <vector>
+
+#include "common/files.h"
 #include "common/limits.h"
 
 namespace refinery {
 namespace {
 
+using grpc::experimental::FileWatcherCertificateProvider;
+
+constexpr uint64_t kMaxTokenBytes = 4096;
 constexpr char kServiceConfig[] = R"({
   "methodConfig": [{
-    "name": [{"service": "refinery.v1.JobService"}, {"service": "refinery.v1.ArtifactService"}],
+    "name": [{"service": "refinery.v1.JobService"}, {"service": "refinery.v1.ArtifactService"},
+             {"service": "refinery.v1.AdminService"}],
     "retryPolicy": {"maxAttempts": 4, "initialBackoff": "0.2s", "maxBackoff": "2s", "backoffMultiplier": 2,
                     "retryableStatusCodes": ["UNAVAILABLE"]}
   }]
@@ -22,9 +33,65 @@ std::string HostOf(const std::string& address) {
   return address.substr(0, address.rfind(':'));
 }
 
-}  // namespace
+// A bearer token in a file, which may be replaced while we run.
+class Token {
+ public:
+  Token(std::filesystem::path file, std::chrono::seconds reload) : file_(std::move(file)), reload_(reload) {}
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
+  StatusOr<std::string> Read() {
+    std::lock_guard lock(mutex_);
+    const auto now = std::chrono::steady_clock::now();
+    if (!text_.empty() && now - read_ < reload_) return text_;
+    StatusOr<std::string> text = ReadFile(file_, kMaxTokenBytes);
+    if (!text.ok()) return text_.empty() ? text : text_;  // it may be being replaced
+    while (!text->empty() && std::isspace(static_cast<unsigned char>(text->back()))) text->pop_back();
+    if (text->empty()) return InvalidArgument(file_.string(), " is empty; it must hold a token of `refinery admin token create`");
+    for (const char c : *text) {
+      if (c <= ' ' || c > '~') return InvalidArgument(file_.string(), " holds more than one token");
+    }
+    text_ = *std::move(text);
+    read_ = now;
+    return text_;
+  }
+
+ private:
+  const std::filesystem::path file_;
+  const std::chrono::seconds reload_;
+  std::mutex mutex_;
+  std::string text_;
+  std::chrono::steady_clock::time_point read_;
+};
+
+// Puts the token into each call. (Call credentials would do the same, but gRPC refuses them on loopback without TLS.)
+class TokenInterceptor final : public grpc::experimental::Interceptor {
+ public:
+  explicit TokenInterceptor(std::shared_ptr<Token> token) : token_(std::move(token)) {}
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    using grpc::experimental::InterceptionHookPoints;
+    if (methods->QueryInterceptionHookPoint(InterceptionHookPoints::PRE_SEND_INITIAL_METADATA)) {
+      if (StatusOr<std::string> token = token_->Read(); token.ok()) {
+        methods->GetSendInitialMetadata()->emplace("authorization", Join("Bearer ", *token));
+      }
+    }
+    methods->Proceed();
+  }
+
+ private:
+  const std::shared_ptr<Token> token_;
+};
+
+class TokenInterceptorFactory final : public grpc::experimental::ClientInterceptorFactoryInterface {
+ public:
+  explicit TokenInterceptorFactory(std::shared_ptr<Token> token) : token_(std::move(token)) {}
+  grpc::experimental::Interceptor* CreateClientInterceptor(grpc::experimental::ClientRpcInfo*) override {
+    return new TokenInterceptor(token_);
+  }
+
+ private:
+  const std::shared_ptr<Token> token_;
+};
+
+grpc::ChannelArguments MakeArguments(const std::string& address) {
   grpc::ChannelArguments args;
   args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 20'000);
   args.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
@@ -37,7 +104,48 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
   args.SetMaxSendMessageSize(limits::kMaxMessageBytes);
   args.SetServiceConfigJSON(kServiceConfig);
   if (IsLoopback(address)) args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args);
+  return args;
+}
+
+std::shared_ptr<FileWatcherCertificateProvider> WatchFiles(const TlsFiles& tls, std::chrono::seconds reload) {
+  return std::make_shared<FileWatcherCertificateProvider>(tls.key.string(), tls.certificate.string(), tls.authority.string(),
+                                                          static_cast<unsigned>(reload.count()));
+}
+
+StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(const ChannelSecurity& security) {
+  if (!security.tls.any()) return grpc::InsecureChannelCredentials();
+  RF_RETURN_IF_ERROR(CheckTlsFiles(security.tls));
+  if (security.tls.authority.empty()) {
+    return InvalidArgument("--tls-authority is missing: the certificate that signed the coordinator's");
+  }
+  grpc::experimental::TlsChannelCredentialsOptions options;
+  options.set_certificate_provider(WatchFiles(security.tls, security.reload));
+  options.watch_root_certs();
+  if (security.tls.has_identity()) options.watch_identity_key_cert_pairs();
+  return grpc::experimental::TlsCredentials(options);
+}
+
+}  // namespace
+
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
+  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), MakeArguments(address));
+}
+
+StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& address, const ChannelSecurity& security) {
+  RF_ASSIGN_OR_RETURN(const auto credentials, MakeChannelCredentials(security));
+  std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> interceptors;
+  if (!security.token_file.empty()) {
+    if (!security.tls.any() && !IsLoopback(address)) {
+      return FailedPrecondition("refusing to send a token to ", address, " in the clear, where others could read it; give "
+                                "--tls-authority with the certificate that signed the coordinator's");
+    }
+    auto token = std::make_shared<Token>(security.token_file, security.reload);
+    RF_RETURN_IF_ERROR(token->Read().status());
+    interceptors.push_back(std::make_unique<TokenInterceptorFactory>(std::move(token)));
+  }
+  grpc::ChannelArguments args = MakeArguments(address);
+  if (!security.server_name.empty()) args.SetSslTargetNameOverride(security.server_name);
+  return grpc::experimental::CreateCustomChannelWithInterceptors(address, credentials, args, std::move(interceptors));
 }
 
 Status WaitForConnection(grpc::Channel& channel, const std::string& address, std::chrono::milliseconds timeout) {
@@ -52,11 +160,25 @@ bool IsLoopback(const std::string& address) {
   return host == "localhost" || host == "::1" || host.starts_with("127.");
 }
 
-StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeServerCredentials(const std::string& address, bool insecure) {
-  if (!IsLoopback(address) && !insecure) {
-    return FailedPrecondition("refusing to listen on ", address, ": other machines can reach it and the port is neither "
-                              "encrypted nor authenticated; listen on 127.0.0.1, or pass --insecure-listen inside a network "
-                              "that you trust entirely");
+StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeServerCredentials(const std::string& address,
+                                                                        const ListenSecurity& security) {
+  if (security.tls.any()) {
+    RF_RETURN_IF_ERROR(CheckTlsFiles(security.tls));
+    if (!security.tls.has_identity()) {
+      return InvalidArgument("--tls-certificate and --tls-key are missing; --tls-authority alone does not encrypt");
+    }
+    grpc::experimental::TlsServerCredentialsOptions options(WatchFiles(security.tls, security.reload));
+    options.watch_identity_key_cert_pairs();
+    if (!security.tls.authority.empty()) {
+      options.watch_root_certs();
+      options.set_cert_request_type(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+    }
+    return grpc::experimental::TlsServerCredentials(options);
+  }
+  if (!IsLoopback(address) && !security.insecure_anywhere) {
+    return FailedPrecondition("refusing to listen on ", address, ": other machines can reach it and the port is not encrypted; "
+                              "give --tls-certificate and --tls-key, listen on 127.0.0.1, or pass --insecure-listen-anywhere "
+                              "inside a network that you trust entirely");
   }
   return grpc::InsecureServerCredentials();
 }

@@ -69,7 +69,7 @@ Status Serve(const Flags& flags, const Signals& signals) {
     spdlog::info("metrics address={}", address);
   }
   RF_ASSIGN_OR_RETURN(const auto server, api::Server::Start(coordinator.get(), {.listen = flags.listen,
-                                                                                .insecure_listen = flags.insecure_listen}));
+                                                                                .security = {.insecure_anywhere = flags.insecure_listen}}));
   if (!IsLoopback(server->address())) {
     spdlog::warn("listening on {} WITHOUT encryption and WITHOUT authentication: whoever reaches this port can run jobs and "
                  "read artifacts", server->address());
@@ -94,7 +94,7 @@ int Main(int argc, char** argv) {
   app.add_option("--state", flags.state, "Folder of the event log and the artifacts; one coordinator each")->required();
   app.add_option("--listen", flags.listen, "HOST:PORT to serve on; port 0 takes any, written to <state>/address")
       ->capture_default_str();
-  app.add_flag("--insecure-listen", flags.insecure_listen,
+  app.add_flag("--insecure-listen,--insecure-listen-anywhere", flags.insecure_listen,
                "Allow --listen on an address that other machines reach, without encryption or authentication");
   app.add_option("--metrics-address", flags.metrics_address, "HOST:PORT of the /metrics page, or none")
       ->capture_default_str();

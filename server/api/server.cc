@@ -34,7 +34,7 @@ Server::Server(Coordinator* coordinator)
     : coordinator_(coordinator), jobs_(coordinator), workers_(coordinator), artifacts_(&coordinator->blobs()) {}
 
 StatusOr<std::unique_ptr<Server>> Server::Start(Coordinator* coordinator, const ServerOptions& options) {
-  RF_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.listen, options.insecure_listen));
+  RF_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.listen, options.security));
   grpc::EnableDefaultHealthCheckService(true);
   static const bool reflection = (grpc::reflection::InitProtoReflectionServerBuilderPlugin(), true);
   RF_CHECK(reflection);

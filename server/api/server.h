@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "common/channel.h"
 #include "common/status.h"
 #include "server/api/artifact_service.h"
 #include "server/api/coordinator.h"
@@ -19,12 +20,12 @@ namespace refinery::api {
 
 struct ServerOptions {
   std::string listen = "127.0.0.1:0";  // port 0: any
-  bool insecure_listen = false;        // allow an address that other machines can reach, without TLS
+  ListenSecurity security;
 };
 
 class Server {
  public:
-  // UNAVAILABLE when the address is taken; FAILED_PRECONDITION for one that is not loopback without insecure_listen.
+  // UNAVAILABLE when the address is taken; FAILED_PRECONDITION for one that is not loopback without TLS, unless told so.
   static StatusOr<std::unique_ptr<Server>> Start(Coordinator* coordinator, const ServerOptions& options);
   ~Server();
 

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "common/files.h"
+#include "server/store/failpoint.h"
 
 namespace refinery::store {
 namespace {
@@ -17,7 +18,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kHexStart = 7;                      // after "sha256:"
-constexpr uint64_t kReservedBytes = uint64_t{64} << 20;  // never filled, so that the event log can still be written
+// Never filled, so that the event log can still be written; on a small disk a sixteenth of it.
+constexpr uint64_t kReservedBytes = uint64_t{64} << 20;
 constexpr size_t kReadBytes = 1 << 20;
 
 Status FromErrno(const fs::path& path, std::string_view doing) {
@@ -48,8 +50,16 @@ fs::path BlobStore::PartialPath(const std::string& digest) const {
   return state_ / "tmp" / (digest.substr(kHexStart) + ".partial");
 }
 
-StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const fs::path& state) {
-  std::unique_ptr<BlobStore> store(new BlobStore(state));
+StatusOr<DiskSpace> SpaceOf(const fs::path& path) {
+  struct statvfs info {};
+  if (statvfs(path.c_str(), &info) != 0) return FromErrno(path, "be examined");
+  // As df counts: what only root may use is not there.
+  return DiskSpace{.total_bytes = static_cast<uint64_t>(info.f_blocks - info.f_bfree + info.f_bavail) * info.f_frsize,
+                   .free_bytes = static_cast<uint64_t>(info.f_bavail) * info.f_frsize};
+}
+
+StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const fs::path& state, BlobStoreOptions options) {
+  std::unique_ptr<BlobStore> store(new BlobStore(state, std::move(options)));
   RF_RETURN_IF_ERROR(CreateFolders(state / "cas"));
   RF_RETURN_IF_ERROR(CreateFolders(state / "tmp"));
   std::error_code error;
@@ -67,6 +77,7 @@ bool BlobStore::Contains(const std::string& digest) const { return SizeOf(digest
 
 StatusOr<uint64_t> BlobStore::SizeOf(const std::string& digest) const {
   RF_RETURN_IF_ERROR(CheckDigest(digest));
+  Claim(digest);
   struct stat info {};
   if (stat(BlobPath(digest).c_str(), &info) != 0) return NotFound("there is no blob ", digest);
   return static_cast<uint64_t>(info.st_size);
@@ -77,12 +88,62 @@ uint64_t BlobStore::PartialSize(const std::string& digest) const {
 }
 
 Status BlobStore::CheckSpace(uint64_t bytes) const {
-  struct statvfs info {};
-  if (statvfs(state_.c_str(), &info) != 0) return FromErrno(state_, "be examined");
-  const uint64_t free = static_cast<uint64_t>(info.f_bavail) * info.f_frsize;
-  if (free >= kReservedBytes && free - kReservedBytes >= bytes) return absl::OkStatus();
-  return ResourceExhausted("the coordinator's disk has ", free, " bytes left, too few for a blob of ", bytes,
+  RF_ASSIGN_OR_RETURN(const DiskSpace space, Space());
+  if (space.used() > options_.read_only_above) {
+    return ResourceExhausted("the disk of the state folder ", state_.string(), " is ", static_cast<int>(100 * space.used()),
+                             " % full; above ", static_cast<int>(100 * options_.read_only_above),
+                             " % nothing more is taken in: free space there");
+  }
+  const uint64_t reserved = std::min(kReservedBytes, space.total_bytes / 16);
+  if (space.free_bytes >= reserved && space.free_bytes - reserved >= bytes) return absl::OkStatus();
+  return ResourceExhausted("the coordinator's disk has ", space.free_bytes, " bytes left, too few for a blob of ", bytes,
                            " bytes; free space below ", state_.string());
+}
+
+void BlobStore::Claim(const std::string& digest) const {
+  std::lock_guard lock(candidates_mutex_);
+  candidates_.erase(digest);
+}
+
+StatusOr<BlobStore::Swept> BlobStore::Sweep(const std::function<bool(const std::string& digest)>& is_live,
+                                            std::chrono::milliseconds now, std::chrono::milliseconds grace) {
+  Swept swept{.deleted = SweepPartials(grace)};
+  std::error_code error;
+  for (fs::recursive_directory_iterator it(state_ / "cas", error), end; !error && it != end; it.increment(error)) {
+    if (!it->is_regular_file(error)) continue;
+    const std::string digest = "sha256:" + it->path().filename().string();
+    const bool live = is_live(digest);
+    std::lock_guard lock(candidates_mutex_);
+    if (live) {
+      candidates_.erase(digest);
+      continue;
+    }
+    const auto since = candidates_.try_emplace(digest, now).first;
+    if (now - since->second < grace) {
+      ++swept.candidates;
+      continue;
+    }
+    const uint64_t size = FileSize(it->path());
+    Failpoint("gc_before_unlink");
+    if (unlink(it->path().c_str()) != 0) return FromErrno(it->path(), "be removed");
+    candidates_.erase(since);
+    total_bytes_ -= size;
+    --total_blobs_;
+    ++swept.deleted;
+    swept.deleted_bytes += size;
+  }
+  if (error) return Unavailable((state_ / "cas").string(), ": cannot be listed: ", error.message());
+  return swept;
+}
+
+uint64_t BlobStore::SweepPartials(std::chrono::milliseconds grace) {
+  uint64_t deleted = 0;
+  std::error_code error;
+  for (fs::directory_iterator it(state_ / "tmp", error), end; !error && it != end; it.increment(error)) {
+    const auto age = fs::file_time_type::clock::now() - it->last_write_time(error);
+    if (!error && age > grace && unlink(it->path().c_str()) == 0) ++deleted;
+  }
+  return deleted;
 }
 
 std::shared_ptr<BlobStore::Ticket> BlobStore::TicketOf(const std::string& digest) {
@@ -146,6 +207,7 @@ Status BlobStore::Upload::Write(uint64_t offset, std::string_view bytes) {
     hash_.Update(bytes.substr(0, n));
     committed_ += n;
     bytes.remove_prefix(n);
+    Failpoint("blob_write");
   }
   return absl::OkStatus();
 }
@@ -176,7 +238,9 @@ Status BlobStore::Publish(const std::string& digest, uint64_t size) {
   const bool new_folder = !fs::exists(to.parent_path());
   RF_RETURN_IF_ERROR(CreateFolders(to.parent_path()));
   chmod(from.c_str(), 0444);
+  Failpoint("blob_before_rename");
   if (rename(from.c_str(), to.c_str()) != 0) return FromErrno(from, "be renamed");
+  Failpoint("blob_after_rename");
   RF_RETURN_IF_ERROR(SyncPath(to.parent_path()));
   if (new_folder) RF_RETURN_IF_ERROR(SyncPath(state_ / "cas"));
   if (!known) {
@@ -210,6 +274,7 @@ StatusOr<std::string> BlobStore::Put(std::string_view bytes) {
 
 StatusOr<std::unique_ptr<BlobStore::Reader>> BlobStore::OpenReader(const std::string& digest, uint64_t offset) {
   RF_RETURN_IF_ERROR(CheckDigest(digest));
+  Claim(digest);
   const fs::path path = BlobPath(digest);
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) return errno == ENOENT ? NotFound("there is no blob ", digest) : FromErrno(path, "be opened");

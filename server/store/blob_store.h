@@ -8,13 +8,20 @@
 // A blob appears by rename after its bytes were hashed and synced, so a file under cas/ is complete; reading hashes it again
 // and DATA_LOSS moves a damaged one to <state>/damaged, after which it counts as missing and can be uploaded anew.
 //
+// Blobs that nothing refers to any more are collected in two phases (Sweep): found without a reference they become candidates,
+// and only when they still are after a grace they go. Whoever asks for a blob, uploads or reads it, takes it off the list.
+//
+// The disk: above `read_only_above` of its size nothing is taken in; the coordinator stops admitting jobs before that.
+//
 // Threads: every method may be called from any thread; an Upload and a Reader belong to one thread each.
 
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -26,10 +33,23 @@
 
 namespace refinery::store {
 
+struct DiskSpace {
+  uint64_t total_bytes = 0;  // that this user may use
+  uint64_t free_bytes = 0;
+  double used() const { return total_bytes == 0 ? 1 : 1 - static_cast<double>(free_bytes) / static_cast<double>(total_bytes); }
+};
+// Of the file system that holds `path`. UNAVAILABLE when it cannot be examined.
+StatusOr<DiskSpace> SpaceOf(const std::filesystem::path& path);
+
+struct BlobStoreOptions {
+  double read_only_above = 0.97;  // share of the disk
+  std::function<StatusOr<DiskSpace>(const std::filesystem::path&)> space_of = SpaceOf;
+};
+
 class BlobStore {
  public:
   // Opens <state>, creates the folders and counts what is there.
-  static StatusOr<std::unique_ptr<BlobStore>> Open(const std::filesystem::path& state);
+  static StatusOr<std::unique_ptr<BlobStore>> Open(const std::filesystem::path& state, BlobStoreOptions options = {});
 
   class Upload;
   class Reader;
@@ -52,19 +72,38 @@ class BlobStore {
   // Reads from `offset` on; what comes before is hashed too. OUT_OF_RANGE when offset > size.
   StatusOr<std::unique_ptr<Reader>> OpenReader(const std::string& digest, uint64_t offset);
 
+  struct Swept {
+    uint64_t candidates = 0;  // that wait for their grace to end
+    uint64_t deleted = 0;
+    uint64_t deleted_bytes = 0;
+  };
+  // One pass of the collection: of the blobs that `is_live` does not know, those that became candidates `grace` before `now` or
+  // earlier are deleted, and so are uploads that nobody went on with for that long. `is_live` must know every blob that was
+  // referred to when the pass began; references made since are safe, because they are made by asking for the blob.
+  // One pass at a time. `now` is a steady clock's.
+  StatusOr<Swept> Sweep(const std::function<bool(const std::string& digest)>& is_live, std::chrono::milliseconds now,
+                        std::chrono::milliseconds grace);
+
+  StatusOr<DiskSpace> Space() const { return options_.space_of(state_); }
   uint64_t total_bytes() const { return total_bytes_; }
   uint64_t total_blobs() const { return total_blobs_; }
 
  private:
-  explicit BlobStore(std::filesystem::path state) : state_(std::move(state)) {}
+  BlobStore(std::filesystem::path state, BlobStoreOptions options) : state_(std::move(state)), options_(std::move(options)) {}
   std::filesystem::path BlobPath(const std::string& digest) const;
   std::filesystem::path PartialPath(const std::string& digest) const;
   Status CheckSpace(uint64_t bytes) const;
+  // Someone wants this blob: it is no candidate any more.
+  void Claim(const std::string& digest) const;
+  uint64_t SweepPartials(std::chrono::milliseconds grace);
   // Moves a complete, synced partial file to its name.
   Status Publish(const std::string& digest, uint64_t size);
   void Quarantine(const std::string& digest, uint64_t size);
 
   const std::filesystem::path state_;
+  const BlobStoreOptions options_;
+  mutable std::mutex candidates_mutex_;  // held while a blob is deleted: it is either claimed before or gone for the claimer
+  mutable std::map<std::string, std::chrono::milliseconds> candidates_;  // digest -> since when
   std::atomic<uint64_t> total_bytes_{0};
   std::atomic<uint64_t> total_blobs_{0};
   // Which upload of a digest may write: the one with the newest ticket. Held during each write, so that a taken-over upload

@@ -1,5 +1,6 @@
 #include "server/store/event_log.h"
 
+#include <SQLiteCpp/Backup.h>
 #include <SQLiteCpp/SQLiteCpp.h>
 #include <fcntl.h>
 #include <sqlite3.h>
@@ -10,12 +11,16 @@
 #include <cstring>
 
 #include "common/files.h"
+#include "server/store/failpoint.h"
 
 namespace refinery::store {
 namespace {
 
-constexpr int kSchemaVersion = 1;
-constexpr int kCheckpointPages = 1024;  // 4 MiB of WAL between checkpoints
+constexpr int kSchemaVersion = 2;
+constexpr int kBusyMs = 5000;
+constexpr char kDamagedFile[] = "damaged_log";
+constexpr int kCheckpointPages = 4096;                    // 16 MiB of WAL between checkpoints
+constexpr uint64_t kCheckAtOnceBytes = uint64_t{64} << 20;  // a check of this much takes a moment
 
 constexpr char kSchema[] = R"(
 CREATE TABLE events(seq INTEGER PRIMARY KEY, job TEXT NOT NULL, time_ms INTEGER NOT NULL, payload BLOB NOT NULL) STRICT;
@@ -24,6 +29,10 @@ CREATE TABLE results(task_digest TEXT PRIMARY KEY, output_digest TEXT NOT NULL, 
                      seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO meta VALUES('clean', '1');
+)";
+
+constexpr char kSchema2[] = R"(
+CREATE TABLE compacted(job TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 )";
 
 // SQLite's errors as ours. The only place where SQLiteCpp's exceptions end.
@@ -46,6 +55,23 @@ StatusOr<v1::Event> Parse(const SQLite::Column& column, int64_t seq) {
     return DataLoss("event ", seq, " of the event log is damaged; restore the state folder from a backup");
   }
   return event;
+}
+
+// Events (after_seq, up_to], of which none may be missing unless its job was compacted.
+Status VisitEvents(SQLite::Database& db, uint64_t after_seq, uint64_t up_to, const std::function<Status(v1::Event)>& visit) {
+  SQLite::Statement select(db, "SELECT seq, payload FROM events WHERE seq > ? AND seq <= ? ORDER BY seq");
+  select.bind(1, static_cast<int64_t>(after_seq));
+  select.bind(2, static_cast<int64_t>(up_to));
+  uint64_t last = after_seq;
+  while (select.executeStep()) {
+    RF_ASSIGN_OR_RETURN(v1::Event event, Parse(select.getColumn(1), select.getColumn(0).getInt64()));
+    if (event.seq() != ++last) {
+      return DataLoss("the event log lacks event ", last, "; restore the state folder from a backup");
+    }
+    RF_RETURN_IF_ERROR(visit(std::move(event)));
+  }
+  if (last == up_to || after_seq >= up_to) return absl::OkStatus();
+  return DataLoss("the event log ends at ", last, " instead of ", up_to, "; restore the state folder from a backup");
 }
 
 }  // namespace
@@ -76,13 +102,14 @@ FolderLock::~FolderLock() {
 
 struct EventLog::Impl {
   Impl(FolderLock folder_lock, const std::filesystem::path& path)
-      : lock(std::move(folder_lock)), db(path.string(), SQLite::OPEN_READWRITE | SQLite::OPEN_CREATE, 5000) {}
+      : lock(std::move(folder_lock)), db(path.string(), SQLite::OPEN_READWRITE | SQLite::OPEN_CREATE, kBusyMs) {}
 
   FolderLock lock;
   SQLite::Database db;
   std::unique_ptr<SQLite::Statement> insert_event;
   std::unique_ptr<SQLite::Statement> insert_result;
   std::unique_ptr<SQLite::Statement> read_job;
+  std::unique_ptr<SQLite::Statement> remove;
 };
 
 EventLog::EventLog() = default;
@@ -90,6 +117,7 @@ EventLog::EventLog() = default;
 EventLog::~EventLog() {
   if (!impl_ || failed_) return;
   try {
+    Failpoint("checkpoint_wal");
     impl_->db.exec("UPDATE meta SET value = '1' WHERE key = 'clean'");
     impl_->db.exec("PRAGMA wal_checkpoint(TRUNCATE)");
   } catch (const SQLite::Exception&) {
@@ -103,7 +131,7 @@ StatusOr<std::unique_ptr<EventLog>> EventLog::Open(const std::filesystem::path& 
   try {
     log->impl_ = std::make_unique<Impl>(std::move(lock), folder / "refinery.db");
     log->failed_ = true;  // until it is known to be good: a failed Open must not mark a clean stop
-    RF_RETURN_IF_ERROR(log->Initialize());
+    RF_RETURN_IF_ERROR(log->Initialize(folder));
     log->failed_ = false;
   } catch (const SQLite::Exception& e) {
     return FromSqlite(e, "be opened");
@@ -111,7 +139,7 @@ StatusOr<std::unique_ptr<EventLog>> EventLog::Open(const std::filesystem::path& 
   return log;
 }
 
-Status EventLog::Initialize() {
+Status EventLog::Initialize(const std::filesystem::path& folder) {
   SQLite::Database& db = impl_->db;
   db.exec("PRAGMA journal_mode=WAL");
   db.exec("PRAGMA synchronous=FULL");
@@ -120,22 +148,29 @@ Status EventLog::Initialize() {
   RF_RETURN_IF_ERROR(Migrate());
 
   was_unclean_ = db.execAndGet("SELECT value FROM meta WHERE key = 'clean'").getString() != "1";
-  if (was_unclean_) {
-    const std::string verdict = db.execAndGet("PRAGMA integrity_check").getString();
-    if (verdict != "ok") {
-      return DataLoss("the event log did not survive the last stop: ", verdict, "; restore the state folder from a backup");
-    }
-  }
+  if (was_unclean_) RF_RETURN_IF_ERROR(CheckAfterUncleanStop(folder));
   db.exec("UPDATE meta SET value = '0' WHERE key = 'clean'");
   last_seq_ = db.execAndGet("SELECT coalesce(max(seq), 0) FROM events").getInt64();
-  const int64_t count = db.execAndGet("SELECT count(*) FROM events").getInt64();
-  if (static_cast<uint64_t>(count) != last_seq_) {
-    return DataLoss("the event log has ", count, " events but ends at ", last_seq_, "; restore it from a backup");
-  }
+  SQLite::Statement compacted(db, "SELECT job FROM compacted");
+  while (compacted.executeStep()) compacted_.insert(compacted.getColumn(0).getString());
   impl_->insert_event = std::make_unique<SQLite::Statement>(db, "INSERT INTO events VALUES(?, ?, ?, ?)");
   impl_->insert_result = std::make_unique<SQLite::Statement>(db, "INSERT OR REPLACE INTO results VALUES(?, ?, ?, ?)");
   impl_->read_job = std::make_unique<SQLite::Statement>(
       db, "SELECT seq, payload FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?");
+  impl_->remove = std::make_unique<SQLite::Statement>(
+      db, "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE job = ? AND seq <= ? ORDER BY seq LIMIT ?)");
+  return absl::OkStatus();
+}
+
+Status EventLog::CheckAfterUncleanStop(const std::filesystem::path& folder) {
+  std::error_code error;
+  const uint64_t size = std::filesystem::file_size(folder / "refinery.db", error);
+  if (size > kCheckAtOnceBytes && !std::filesystem::exists(folder / kDamagedFile, error)) {
+    check_is_due_ = true;
+    return absl::OkStatus();
+  }
+  RF_RETURN_IF_ERROR(CheckEventLog(folder));
+  std::filesystem::remove(folder / kDamagedFile, error);
   return absl::OkStatus();
 }
 
@@ -148,7 +183,8 @@ Status EventLog::Migrate() {
   }
   if (version == kSchemaVersion) return absl::OkStatus();
   SQLite::Transaction transaction(db, SQLite::TransactionBehavior::IMMEDIATE);
-  db.exec(kSchema);
+  if (version < 1) db.exec(kSchema);
+  db.exec(kSchema2);
   db.exec(Join("PRAGMA user_version=", kSchemaVersion));
   transaction.commit();
   return absl::OkStatus();
@@ -157,43 +193,64 @@ Status EventLog::Migrate() {
 Status EventLog::Append(const std::vector<v1::Event>& events) {
   if (events.empty()) return absl::OkStatus();
   uint64_t seq = last_seq_;
+  std::string payload;
+  Failpoint("append_begin");
   try {
     SQLite::Transaction transaction(impl_->db, SQLite::TransactionBehavior::IMMEDIATE);
     for (const v1::Event& event : events) {
       if (event.seq() != ++seq) return Internal("event ", event.seq(), " does not follow event ", seq - 1);
-      const std::string payload = event.SerializeAsString();
+      event.SerializeToString(&payload);
       SQLite::Statement& insert = *impl_->insert_event;
       insert.reset();
       insert.bind(1, static_cast<int64_t>(event.seq()));
-      insert.bind(2, event.job());
+      insert.bindNoCopy(2, event.job());
       insert.bind(3, static_cast<int64_t>(event.time_ms()));
-      insert.bind(4, payload.data(), static_cast<int>(payload.size()));
+      insert.bindNoCopy(4, payload.data(), static_cast<int>(payload.size()));
       insert.exec();
       if (!event.has_task_finished() || event.task_finished().task_digest().empty()) continue;
       SQLite::Statement& result = *impl_->insert_result;
       result.reset();
-      result.bind(1, event.task_finished().task_digest());
-      result.bind(2, event.task_finished().output().digest());
+      result.bindNoCopy(1, event.task_finished().task_digest());
+      result.bindNoCopy(2, event.task_finished().output().digest());
       result.bind(3, static_cast<int64_t>(event.task_finished().output().size()));
       result.bind(4, static_cast<int64_t>(event.seq()));
       result.exec();
     }
+    Failpoint("append_before_commit");
     transaction.commit();
   } catch (const SQLite::Exception& e) {
     failed_ = true;
     return FromSqlite(e, "be written");
   }
+  Failpoint("append_after_commit");
   last_seq_ = seq;
   return absl::OkStatus();
 }
 
-Status EventLog::Replay(const std::function<Status(v1::Event)>& visit) try {
-  SQLite::Statement select(impl_->db, "SELECT seq, payload FROM events ORDER BY seq");
-  while (select.executeStep()) {
-    RF_ASSIGN_OR_RETURN(v1::Event event, Parse(select.getColumn(1), select.getColumn(0).getInt64()));
-    RF_RETURN_IF_ERROR(visit(std::move(event)));
+StatusOr<int> EventLog::Compact(const std::string& job, uint64_t up_to, int limit) try {
+  SQLite::Transaction transaction(impl_->db, SQLite::TransactionBehavior::IMMEDIATE);
+  if (!compacted_.contains(job)) {
+    SQLite::Statement mark(impl_->db, "INSERT OR IGNORE INTO compacted VALUES(?)");
+    mark.bind(1, job);
+    mark.exec();
   }
-  return absl::OkStatus();
+  SQLite::Statement& remove = *impl_->remove;
+  remove.reset();
+  remove.bind(1, job);
+  remove.bind(2, static_cast<int64_t>(up_to));
+  remove.bind(3, limit);
+  const int removed = remove.exec();
+  Failpoint("compact_before_commit");
+  transaction.commit();
+  compacted_.insert(job);
+  return removed;
+} catch (const SQLite::Exception& e) {
+  failed_ = true;
+  return FromSqlite(e, "be compacted");
+}
+
+Status EventLog::Replay(const std::function<Status(v1::Event)>& visit, uint64_t after_seq) try {
+  return VisitEvents(impl_->db, after_seq, last_seq_, visit);
 } catch (const SQLite::Exception& e) {
   return FromSqlite(e, "be read");
 }
@@ -222,6 +279,43 @@ StatusOr<std::string> EventLog::ResultOf(const std::string& task_digest) try {
   return select.getColumn(0).getString();
 } catch (const SQLite::Exception& e) {
   return FromSqlite(e, "be read");
+}
+
+Status ReplayEventLog(const std::filesystem::path& folder, uint64_t after_seq, uint64_t up_to,
+                      const std::function<Status(v1::Event)>& visit) try {
+  SQLite::Database db((folder / "refinery.db").string(), SQLite::OPEN_READONLY, kBusyMs);
+  return VisitEvents(db, after_seq, up_to, visit);
+} catch (const SQLite::Exception& e) {
+  return FromSqlite(e, "be read");
+}
+
+Status CheckEventLog(const std::filesystem::path& folder) {
+  std::string verdict;
+  try {
+    SQLite::Database db((folder / "refinery.db").string(), SQLite::OPEN_READONLY, kBusyMs);
+    verdict = db.execAndGet("PRAGMA quick_check(1)").getString();
+    if (verdict == "ok") return absl::OkStatus();
+  } catch (const SQLite::Exception& e) {
+    const Status status = FromSqlite(e, "be checked");
+    if (!absl::IsDataLoss(status)) return status;
+    verdict = e.what();
+  }
+  (void)WriteFileAtomically(folder / kDamagedFile, verdict + "\n");
+  return DataLoss("the event log is damaged: ", verdict, "; restore the state folder from a backup (refinery admin restore)");
+}
+
+StatusOr<uint64_t> CopyEventLog(const std::filesystem::path& folder, const std::filesystem::path& target) try {
+  std::error_code error;
+  if (std::filesystem::exists(target, error)) return AlreadyExists(target.string(), " exists; name another folder");
+  SQLite::Database from((folder / "refinery.db").string(), SQLite::OPEN_READONLY, kBusyMs);
+  SQLite::Database to(target.string(), SQLite::OPEN_READWRITE | SQLite::OPEN_CREATE, kBusyMs);
+  // All pages in one step: within one read transaction, so that commits meanwhile neither change the copy nor start it anew.
+  SQLite::Backup(to, from).executeStep(-1);
+  to.exec("PRAGMA journal_mode=DELETE");  // one file, no WAL beside it
+  to.exec("UPDATE meta SET value = '1' WHERE key = 'clean'");
+  return static_cast<uint64_t>(to.execAndGet("SELECT coalesce(max(seq), 0) FROM events").getInt64());
+} catch (const SQLite::Exception& e) {
+  return FromSqlite(e, "be copied");
 }
 
 }  // namespace refinery::store

@@ -4,14 +4,15 @@
 //
 //   events(seq, job, time_ms, payload)          payload = the serialized Event
 //   results(task_digest, output_digest, ...)    one row per task identity that was ever finished, in the same transaction
+//   compacted(job)                              jobs whose events were removed: they ended long ago and a snapshot holds them
 //
 // Profile: WAL, synchronous=FULL, so Append returns only once the events are on disk. SQLite 3.40 can corrupt a WAL when one
-// connection checkpoints while another commits; therefore this object's connection is the only one, for commits, checkpoints
-// and reads alike. A lock file (flock) keeps a second coordinator out; it vanishes with the process, however that ends.
+// connection checkpoints while another commits; therefore this object's connection does all commits and checkpoints; the
+// functions beside it open the file read-only and do neither. A lock file (flock) keeps a second coordinator out; it vanishes with the process, however that ends.
 //
 // Errors: UNAVAILABLE when another process holds the folder; DATA_LOSS when the database is damaged or was written by a newer
 // version; RESOURCE_EXHAUSTED on a full disk.
-// Threads: one at a time.
+// Threads: an EventLog is used by one at a time; the functions may be called from any thread while it is in use.
 
 #pragma once
 
@@ -19,6 +20,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -43,7 +45,9 @@ class FolderLock {
 
 class EventLog {
  public:
-  // Opens or creates <folder>/refinery.db. After an unclean stop the whole database is checked first.
+  // Opens or creates <folder>/refinery.db. After an unclean stop the database is checked first, unless it is so large that this
+  // would keep everyone waiting: then check_is_due() and the caller runs CheckEventLog beside its work. What a failed check left
+  // behind (the file "damaged_log") makes the next Open check everything, however long it takes.
   static StatusOr<std::unique_ptr<EventLog>> Open(const std::filesystem::path& folder);
   // Marks a clean stop when every Append before it succeeded.
   ~EventLog();
@@ -52,29 +56,51 @@ class EventLog {
   // (INTERNAL otherwise). On any error nothing of the batch is kept.
   Status Append(const std::vector<v1::Event>& events);
 
-  // Calls `visit` for every event in order; stops at its first error and returns it.
-  Status Replay(const std::function<Status(v1::Event)>& visit);
+  // Calls `visit` for every event after `after_seq` in order; stops at its first error and returns it. DATA_LOSS when one is
+  // missing.
+  Status Replay(const std::function<Status(v1::Event)>& visit, uint64_t after_seq = 0);
 
   // At most `limit` events of `job` with seq > after_seq, in order.
   StatusOr<std::vector<v1::Event>> Read(const std::string& job, uint64_t after_seq, int limit);
+
+  // Removes at most `limit` events of a job that has ended, none later than `up_to`, which a durable snapshot must cover; returns
+  // how many went. From the first call on the job counts as compacted: watching it from the start is not possible any more.
+  StatusOr<int> Compact(const std::string& job, uint64_t up_to, int limit);
+  bool IsCompacted(const std::string& job) const { return compacted_.contains(job); }
 
   // Digest of the output that the task of identity `task_digest` had; NOT_FOUND when none was finished.
   StatusOr<std::string> ResultOf(const std::string& task_digest);
 
   uint64_t last_seq() const { return last_seq_; }
-  // Whether the last stop was unclean, so that Open ran the integrity check.
+  // Whether the last stop was unclean.
   bool was_unclean() const { return was_unclean_; }
+  // Whether it was, and Open left the check to the caller.
+  bool check_is_due() const { return check_is_due_; }
 
  private:
   struct Impl;
   EventLog();
-  Status Initialize();
+  Status Initialize(const std::filesystem::path& folder);
   Status Migrate();
+  Status CheckAfterUncleanStop(const std::filesystem::path& folder);
 
   std::unique_ptr<Impl> impl_;
   uint64_t last_seq_ = 0;
+  std::set<std::string> compacted_;
   bool was_unclean_ = false;
+  bool check_is_due_ = false;
   bool failed_ = false;
 };
+
+// Reads the events after `after_seq` up to and with `up_to` of the log in `folder` on a connection of its own.
+Status ReplayEventLog(const std::filesystem::path& folder, uint64_t after_seq, uint64_t up_to,
+                      const std::function<Status(v1::Event)>& visit);
+
+// SQLite's own check of the whole file. DATA_LOSS says what is damaged and leaves the file "damaged_log" behind.
+Status CheckEventLog(const std::filesystem::path& folder);
+
+// Copies the database of `folder`, which may be in use, to the file `target`, which must not exist: one moment of it, whole.
+// Returns the number of its last event.
+StatusOr<uint64_t> CopyEventLog(const std::filesystem::path& folder, const std::filesystem::path& target);
 
 }  // namespace refinery::store

@@ -178,5 +178,72 @@ TEST(AttemptLogsTest, KeepsEachByteOnce) {
   EXPECT_THAT(logs.Read("j", "nothing", 1, 0, 10), IsOkAndHolds(""));
 }
 
+using std::chrono::milliseconds;
+
+// Goal: a blob goes only when nothing referred to it for the whole grace.
+TEST_F(BlobStoreTest, CollectsInTwoPhases) {
+  const std::string kept = *store_->Put("kept");
+  const std::string lost = *store_->Put("lost");
+  const auto is_live = [&](const std::string& digest) { return digest == kept; };
+  const auto sweep = [&](int now_ms) { return *store_->Sweep(is_live, milliseconds(now_ms), milliseconds(1000)); };
+  EXPECT_EQ(sweep(5000).candidates, 1);
+  EXPECT_EQ(sweep(5999).deleted, 0);
+  EXPECT_EQ(store_->total_blobs(), 2);
+  const auto swept = sweep(6000);
+  EXPECT_EQ(swept.deleted, 1);
+  EXPECT_EQ(swept.deleted_bytes, 4);
+  EXPECT_THAT(store_->Get(lost), StatusCodeIs(absl::StatusCode::kNotFound));
+  EXPECT_THAT(store_->Get(kept), IsOkAndHolds("kept"));
+  EXPECT_EQ(store_->total_bytes(), 4);
+  EXPECT_THAT(store_->Put("lost"), IsOkAndHolds(lost));  // and can come again
+}
+
+// Goal: whoever asks for a candidate saves it: its grace starts anew.  Method: every way of asking, at the last moment.
+TEST_F(BlobStoreTest, AskingForACandidateSavesIt) {
+  const std::string digest = *store_->Put("wanted");
+  const auto nothing = [](const std::string&) { return false; };
+  const auto sweep = [&](int now_ms) { return store_->Sweep(nothing, milliseconds(now_ms), milliseconds(100))->deleted; };
+  EXPECT_EQ(sweep(0), 0);
+  EXPECT_TRUE(store_->Contains(digest));
+  EXPECT_EQ(sweep(100), 0);
+  EXPECT_THAT(store_->OpenReader(digest, 0), IsOk());
+  EXPECT_EQ(sweep(200), 0);
+  EXPECT_THAT(store_->Put("wanted"), IsOk());
+  EXPECT_EQ(sweep(300), 0);
+  EXPECT_EQ(sweep(400), 1);
+}
+
+TEST_F(BlobStoreTest, AbandonedUploadsGoWithTheirGrace) {
+  const std::string digest = DigestOf("0123456789");
+  {
+    auto upload = store_->StartUpload(digest, 10, 0);
+    ASSERT_THAT((*upload)->Write(0, "01234"), IsOk());
+  }
+  const auto nothing = [](const std::string&) { return false; };
+  ASSERT_THAT(store_->Sweep(nothing, milliseconds(0), std::chrono::hours(1)), IsOk());
+  EXPECT_EQ(store_->PartialSize(digest), 5);
+  std::filesystem::last_write_time(folder_.path() / "tmp" / (digest.substr(7) + ".partial"),
+                                   std::filesystem::file_time_type::clock::now() - std::chrono::hours(2));
+  EXPECT_EQ(store_->Sweep(nothing, milliseconds(0), std::chrono::hours(1))->deleted, 1);
+  EXPECT_EQ(store_->PartialSize(digest), 0);
+}
+
+// Goal: above the mark nothing is taken in and everything can be read; below it, all is as before.
+TEST(DiskTest, FullDiskIsReadOnly) {
+  TempFolder folder;
+  double used = 0.5;
+  auto store = *BlobStore::Open(folder.path(), {.space_of = [&](const std::filesystem::path&) -> StatusOr<DiskSpace> {
+    return DiskSpace{.total_bytes = uint64_t{1} << 40, .free_bytes = static_cast<uint64_t>((1 - used) * (uint64_t{1} << 40))};
+  }});
+  const auto digest = store->Put("before");
+  ASSERT_THAT(digest, IsOk());
+  used = 0.98;
+  EXPECT_THAT(store->Put("more"), StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("98 % full")));
+  EXPECT_THAT(store->Get(*digest), IsOkAndHolds("before"));
+  EXPECT_THAT(store->Put("before"), IsOk());  // it is there already
+  used = 0.96;
+  EXPECT_THAT(store->Put("more"), IsOk());
+}
+
 }  // namespace
 }  // namespace refinery::store

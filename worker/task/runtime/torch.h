@@ -9,3 +9,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#ifndef _OPENMP
+#error "compile with -fopenmp: without it at::parallel_for is a plain loop"
+#endif

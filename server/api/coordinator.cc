@@ -4,17 +4,19 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <exception>
 
 #include "server/scheduler/schedule.h"
 #include "server/store/artifacts.h"
+#include "server/store/failpoint.h"
+#include "server/store/snapshots.h"
 
 namespace refinery::api {
 namespace {
 
 constexpr size_t kMaxCommandsPerTurn = 256;
-constexpr size_t kMaxTasksPerPass = 1024;
 constexpr Milliseconds kTick{100};
 constexpr Milliseconds kMetricsEvery{1'000};
 constexpr Milliseconds kReportRetry{5'000};
@@ -81,7 +83,8 @@ StatusOr<std::unique_ptr<Coordinator>> Coordinator::Open(CoordinatorOptions opti
 Status Coordinator::Start() {
   RF_CHECK(options_.make_report != nullptr);
   RF_ASSIGN_OR_RETURN(log_, store::EventLog::Open(options_.state));
-  RF_ASSIGN_OR_RETURN(blobs_, store::BlobStore::Open(options_.state));
+  RF_ASSIGN_OR_RETURN(blobs_, store::BlobStore::Open(options_.state, {.read_only_above = options_.read_only_above,
+                                                                      .space_of = options_.space_of}));
   core_ = std::make_unique<jobs::Core>(
       jobs::CoreOptions{.lease_ttl = options_.lease_ttl,
                         .retry_backoff = options_.retry_backoff,
@@ -89,12 +92,28 @@ Status Coordinator::Start() {
                         .is_complete = [this](const std::string& digest) {
                           return store::CheckComplete(*blobs_, digest).ok();
                         }});
-  RF_RETURN_IF_ERROR(log_->Replay([this](const v1::Event& event) { return core_->Replay(event); }));
-  spdlog::info("replayed events={} jobs={} unclean={}", log_->last_seq(), core_->state().jobs.size(),
-               log_->was_unclean() ? 1 : 0);
+  RF_RETURN_IF_ERROR(Recover());
+  spdlog::info("recovered events={} snapshot={} jobs={} unclean={}", log_->last_seq(), snapshot_seq_,
+               core_->state().jobs.size(), log_->was_unclean() ? 1 : 0);
+  check_due_ = log_->check_is_due();
+  collected_ = ReadClocks().steady;
   Post([this](Turn& turn) { core_->StartGrace(turn.now, &turn.events); });
   thread_ = std::thread([this] { Run(); });
   return absl::OkStatus();
+}
+
+Status Coordinator::Recover() {
+  for (const uint64_t seq : store::ListSnapshots(options_.state)) {
+    if (seq > log_->last_seq()) continue;  // of a log that is not here any more
+    StatusOr<store::StoredSnapshot> snapshot = store::ReadSnapshotFile(options_.state, seq);
+    const Status status = snapshot.ok() ? core_->Restore(snapshot->bytes) : snapshot.status();
+    if (status.ok()) {
+      snapshot_seq_ = seq;
+      break;
+    }
+    spdlog::error("snapshot {} cannot be used, trying without it: {}", seq, Message(status));
+  }
+  return log_->Replay([this](const v1::Event& event) { return core_->Replay(event); }, snapshot_seq_);
 }
 
 Coordinator::~Coordinator() {
@@ -121,11 +140,6 @@ void Coordinator::BeginShutdown() {
   });
 }
 
-void Coordinator::AddStream(std::shared_ptr<Stream> stream) {
-  if (draining_) stream->Stop();
-  streams_.push_back(std::move(stream));
-}
-
 void Coordinator::Run() {
   for (;;) {
     std::vector<Command> commands;
@@ -147,26 +161,31 @@ void Coordinator::RunTurn(std::vector<Command> commands) {
   for (const Command& command : commands) command(turn);
   core_->Tick(turn.now, &turn.events);
   WriteReports(turn);
-  if (!draining_) GrantLeases(turn);
+  if (!draining_ && disk_ == Disk::kOk) GrantLeases(turn);
   for (Poll& poll : fleet_.Take(turn.now.steady, draining_)) turn.replies.push_back(std::move(poll.answer));
   Commit(turn);
   for (const std::function<void()>& reply : turn.replies) reply();
-  std::erase_if(streams_, [&](const std::shared_ptr<Stream>& stream) { return !stream->Pump(*this, turn.now); });
-  if (turn.now.steady - metrics_updated_ >= kMetricsEvery) UpdateMetrics(turn.now);
+  Record(turn.events);
+  PumpStreams(turn.now, std::move(turn.events));
+  if (turn.now.steady - metrics_updated_ >= kMetricsEvery) {
+    UpdateMetrics(turn.now);
+    LookAfter(turn.now);
+  }
 }
 
 void Coordinator::GrantLeases(Turn& turn) {
-  const std::vector<scheduler::FreeWorker> workers = fleet_.FreeWorkers();
-  if (workers.empty()) return;
-  const auto decisions = scheduler::Schedule(core_->ReadyTasks(turn.now, kMaxTasksPerPass), workers,
-                                             fleet_.LiveWorkers(turn.now.steady));
-  for (const scheduler::Decision& decision : decisions) {
+  if (core_->state().queues.empty()) return;
+  const scheduler::Pass pass = scheduler::Schedule(*core_, fleet_.Workers(turn.now.steady), turn.now);
+  for (const scheduler::Decision& decision : pass.grants) {
     Poll* poll = fleet_.PollOf(decision.worker);
     StatusOr<v1::Lease> lease = core_->Grant(decision.job, decision.path, decision.worker, poll->incarnation, turn.now,
                                              &turn.events);
     if (!lease.ok()) continue;  // its result came out of the cache meanwhile
     *poll->response->add_grants() = *std::move(lease);
     --poll->free_slots;
+  }
+  for (const scheduler::Decision& decision : pass.preemptions) {
+    core_->Preempt(decision.job, decision.path, "a task of higher priority waits for the worker");
   }
 }
 
@@ -212,7 +231,7 @@ Status Coordinator::WriteReport(Turn& turn, const std::string& id) try {
   return Internal("making it failed: ", e.what());
 }
 
-void Coordinator::Commit(const Turn& turn) {
+void Coordinator::Commit(Turn& turn) {
   if (turn.events.empty()) return;
   const auto start = std::chrono::steady_clock::now();
   const Status status = log_->Append(turn.events);
@@ -221,7 +240,14 @@ void Coordinator::Commit(const Turn& turn) {
     std::_Exit(1);
   }
   metrics_.OnCommit(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  for (const v1::Event& event : turn.events) {
+  committed_events_ += turn.events.size();
+  if (options_.exit_after_event != 0 && committed_events_ >= options_.exit_after_event) _exit(137);
+  store::Failpoint("reply_before");
+}
+
+// After the answers: nobody waits for a line or a number.
+void Coordinator::Record(const jobs::Events& events) {
+  for (const v1::Event& event : events) {
     const std::string path = PathOf(event);
     v1::TaskKind kind = v1::TASK_KIND_UNSPECIFIED;
     if (!path.empty()) {
@@ -229,19 +255,25 @@ void Coordinator::Commit(const Turn& turn) {
       kind = job.plan.tasks[job.index.at(path)].kind;
     }
     metrics_.OnEvent(event, kind);
+    if (!spdlog::should_log(spdlog::level::info)) continue;
     spdlog::info("event={} seq={} job={} path={} {}", KindOf(event), event.seq(), event.job(), path, DetailOf(event));
   }
-  committed_events_ += turn.events.size();
-  if (options_.exit_after_event != 0 && committed_events_ >= options_.exit_after_event) _exit(137);
 }
 
 void Coordinator::UpdateMetrics(const jobs::Now& now) {
   metrics_updated_ = now.steady;
   metrics::Snapshot snapshot;
+  std::array<std::array<uint64_t, v1::Task::State_ARRAYSIZE>, v1::TaskKind_ARRAYSIZE> tasks{};  // there may be 100,000
   for (const auto& [id, job] : core_->state().jobs) {
     ++snapshot.jobs[job.state];
     if (jobs::IsTerminal(job.state)) continue;
-    for (size_t i = 0; i < job.tasks.size(); ++i) ++snapshot.tasks[{job.plan.tasks[i].kind, job.tasks[i].state}];
+    for (size_t i = 0; i < job.tasks.size(); ++i) ++tasks[job.plan.tasks[i].kind][job.tasks[i].state];
+  }
+  for (int kind = 0; kind < v1::TaskKind_ARRAYSIZE; ++kind) {
+    for (int state = 0; state < v1::Task::State_ARRAYSIZE; ++state) {
+      if (tasks[kind][state] == 0) continue;
+      snapshot.tasks[{static_cast<v1::TaskKind>(kind), static_cast<v1::Task::State>(state)}] = tasks[kind][state];
+    }
   }
   for (const v1::WorkerInfo& worker : fleet_.List(now.steady)) ++snapshot.workers[worker.state()];
   snapshot.heartbeat_age_seconds = std::chrono::duration<double>(fleet_.HeartbeatAge(now.steady)).count();

@@ -41,25 +41,30 @@ std::function<void()> Fleet::Close(const v1::SynchronizeResponse* response, Mill
   return {};
 }
 
-std::vector<scheduler::FreeWorker> Fleet::FreeWorkers() const {
-  std::vector<scheduler::FreeWorker> workers;
-  for (const auto& [id, poll] : polls_) {
-    if (poll.free_slots > 0) workers.push_back({.id = id, .free_slots = poll.free_slots});
+std::vector<scheduler::Worker> Fleet::Workers(Milliseconds now) const {
+  std::vector<scheduler::Worker> workers;
+  for (const auto& [id, worker] : workers_) {
+    if (IsLost(id, worker, now)) continue;
+    const auto poll = polls_.find(id);
+    workers.push_back({.id = id,
+                       .free_slots = poll == polls_.end() ? 0 : poll->second.free_slots,
+                       .info = &worker.info,
+                       .draining = worker.info.state() == "draining" || drained_.contains(id)});
   }
   return workers;
-}
-
-std::vector<std::string> Fleet::LiveWorkers(Milliseconds now) const {
-  std::vector<std::string> ids;
-  for (const auto& [id, worker] : workers_) {
-    if (!IsLost(id, worker, now) && worker.info.state() != "draining") ids.push_back(id);
-  }
-  return ids;
 }
 
 Poll* Fleet::PollOf(const std::string& worker) {
   const auto found = polls_.find(worker);
   return found == polls_.end() ? nullptr : &found->second;
+}
+
+void Fleet::Drain(const std::string& worker, bool drain) {
+  if (!drain) {
+    drained_.erase(worker);
+  } else if (workers_.contains(worker)) {
+    drained_.insert(worker);
+  }
 }
 
 std::vector<Poll> Fleet::Take(Milliseconds now, bool all) {
@@ -87,6 +92,8 @@ std::vector<v1::WorkerInfo> Fleet::List(Milliseconds now) const {
     v1::WorkerInfo info = worker.info;
     if (IsLost(id, worker, now)) {
       info.set_state("lost");
+    } else if (drained_.contains(id)) {
+      info.set_state("draining");
     } else if (info.state() != "draining") {
       info.set_state(worker.running.empty() ? "idle" : "busy");
     }

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -42,9 +43,11 @@ class Fleet {
   // Forgets the poll that writes into `response`, whose caller went away; returns its answer (empty when it was taken).
   std::function<void()> Close(const v1::SynchronizeResponse* response, Milliseconds now);
 
-  std::vector<scheduler::FreeWorker> FreeWorkers() const;
-  std::vector<std::string> LiveWorkers(Milliseconds now) const;
+  // Those that live, with the room that their polls offer; valid until the next change.
+  std::vector<scheduler::Worker> Workers(Milliseconds now) const;
   Poll* PollOf(const std::string& worker);
+  // With `drain` the worker counts as draining, whatever it says of itself; kept also while the worker is away.
+  void Drain(const std::string& worker, bool drain);
   // Removes and returns the polls that have something to say or whose time is over; with `all` every one.
   std::vector<Poll> Take(Milliseconds now, bool all);
 
@@ -65,6 +68,7 @@ class Fleet {
   const Milliseconds lease_ttl_;
   std::map<std::string, Worker> workers_;
   std::map<std::string, Poll> polls_;  // by worker
+  std::set<std::string> drained_;      // by an operator
 };
 
 }  // namespace refinery::api

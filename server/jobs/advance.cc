@@ -1,6 +1,9 @@
 // The part of the core that needs no command: what follows from the state by itself.
 
+#include <algorithm>
+
 #include "server/jobs/core.h"
+#include "server/jobs/text.h"
 #include "server/search/search.h"
 
 namespace refinery::jobs {
@@ -10,6 +13,7 @@ void Core::Advance(const std::string& id, const Now& now, Events* events) {
   while (!IsTerminal(job.state)) {
     bool changed = AdvanceEnd(job, now, events);
     if (!IsTerminal(job.state) && job.state != v1::Job::CANCELLING) {
+      changed |= AdvanceBudget(job, now, events);
       changed |= AdvanceStudy(job, now, events);
       if (!IsTerminal(job.state)) changed |= AdvanceReady(job, now, events);
     }
@@ -42,10 +46,16 @@ void Core::EmitJobFinished(const JobState& job, v1::JobFinished::Outcome outcome
   v1::Event event;
   v1::JobFinished* finished = event.mutable_job_finished();
   finished->set_outcome(outcome);
-  finished->set_reason(reason.substr(0, limits::kMaxErrorBytes));
+  finished->set_reason(Cut(reason));
   for (size_t i = 0; i < job.tasks.size(); ++i) {
     if (job.plan.tasks[i].kind == v1::EXPORT && !job.tasks[i].output.digest().empty()) {
       *finished->mutable_artifact() = job.tasks[i].output;
+    }
+  }
+  if (!finished->has_artifact()) {
+    for (const v1::StudyFinished::Best& best : search::SelectBest(job.trials)) {
+      const auto task = job.train_tasks.find({best.trial(), best.replicate()});
+      if (best.selector() == "best" && task != job.train_tasks.end()) *finished->mutable_best() = job.tasks[task->second].output;
     }
   }
   if (!job.report.digest().empty()) *finished->mutable_report() = job.report;
@@ -57,11 +67,37 @@ void Core::Fail(const std::string& id, const std::string& reason, const Now& now
   if (!IsTerminal(job.state)) EmitJobFinished(job, v1::JobFinished::FAILED, reason, now, events);
 }
 
-// The study: trial finished -> next suggestion -> new READY tasks; all finished -> the best.
+// Notices that the budget is used up.
+bool Core::AdvanceBudget(JobState& job, const Now& now, Events* events) {
+  const v1::Budget& budget = job.created.policy().budget();
+  if (!job.exhausted.empty() || !job.created.policy().has_budget() || job.state == v1::Job::PAUSED) return false;
+  const auto trials = std::count_if(job.trials.begin(), job.trials.end(), [](const v1::Trial& trial) {
+    return trial.state() == v1::Trial::SUCCEEDED || trial.state() == v1::Trial::INFEASIBLE;
+  });
+  const int64_t wall = now.unix_ms - job.create_time_ms - static_cast<int64_t>(job.paused_ms);
+  std::string what;
+  if (budget.wall_ms() > 0 && wall >= static_cast<int64_t>(budget.wall_ms())) {
+    what = Join("wall time: ", wall, " of ", budget.wall_ms(), " ms");
+  } else if (budget.device_seconds() > 0 && job.device_seconds >= budget.device_seconds()) {
+    what = Join("device time: ", job.device_seconds, " of ", budget.device_seconds(), " s");
+  } else if (budget.trials() > 0 && trials >= budget.trials()) {
+    what = Join("trials: ", trials, " of ", budget.trials());
+  } else if (budget.attempts() > 0 && job.attempts >= budget.attempts()) {
+    what = Join("attempts: ", job.attempts, " of ", budget.attempts());
+  }
+  if (what.empty()) return false;
+  v1::Event event;
+  event.mutable_budget_exhausted()->set_what(what);
+  Emit(job.id, std::move(event), now, events);
+  return true;
+}
+
+// The study: trial finished -> next suggestion -> new READY tasks; all finished, or the budget used up -> the best.
 bool Core::AdvanceStudy(JobState& job, const Now& now, Events* events) {
+  if (job.study_finished || job.train_tasks.empty() || !job.study_changed) return false;
+  job.study_changed = false;
   const v1::Recipe& recipe = job.created.recipe();
   const uint32_t count = search::TrialCount(recipe);
-  if (job.study_finished || job.train_tasks.empty()) return false;
   bool changed = false;
   for (size_t i = 0; i < job.trials.size(); ++i) {
     v1::Trial trial = job.trials[i];
@@ -75,7 +111,8 @@ bool Core::AdvanceStudy(JobState& job, const Now& now, Events* events) {
     Emit(job.id, std::move(event), now, events);
     changed = true;
   }
-  while (job.trials.size() < count) {
+  if (changed && AdvanceBudget(job, now, events)) return true;
+  while (job.trials.size() < count && (job.exhausted.empty() || job.trials.empty())) {
     const auto next = static_cast<uint32_t>(job.trials.size());
     if (!search::CanSuggest(recipe, job.trials, next)) return changed;
     StatusOr<v1::Trial> trial = search::Suggest(recipe, job.trials, next);
@@ -88,39 +125,42 @@ bool Core::AdvanceStudy(JobState& job, const Now& now, Events* events) {
     Emit(job.id, std::move(event), now, events);
     changed = true;
   }
-  for (const v1::Trial& trial : job.trials) {
-    if (trial.state() == v1::Trial::ACTIVE || trial.state() == v1::Trial::REQUESTED) return changed;
-  }
+  const auto has = [&](v1::Trial::State state) {
+    return std::any_of(job.trials.begin(), job.trials.end(), [&](const v1::Trial& trial) { return trial.state() == state; });
+  };
+  const bool open = has(v1::Trial::ACTIVE) || has(v1::Trial::REQUESTED);
+  if (open && (job.exhausted.empty() || !has(v1::Trial::SUCCEEDED))) return changed;
+  FinishStudy(job, open || job.trials.size() < count, now, events);
+  return true;
+}
+
+void Core::FinishStudy(JobState& job, bool early, const Now& now, Events* events) {
   v1::Event event;
-  event.mutable_study_finished();
+  event.mutable_study_finished()->set_early(early);
   for (v1::StudyFinished::Best& best : search::SelectBest(job.trials)) {
     *event.mutable_study_finished()->add_best() = std::move(best);
   }
   Emit(job.id, std::move(event), now, events);
-  if (!job.best.contains("best")) {
-    EmitJobFinished(job, v1::JobFinished::FAILED,
-                    "every trial diverged (NaN or Inf loss); lower the learning rates in search.parameters", now, events);
-  }
-  return true;
+  if (job.best.contains("best")) return;
+  EmitJobFinished(job, v1::JobFinished::FAILED,
+                  "every trial diverged (NaN or Inf loss); lower the learning rates in search.parameters", now, events);
 }
 
 // Tasks that end without running: their result is known, or their input can never exist.
 bool Core::AdvanceReady(JobState& job, const Now& now, Events* events) {
   bool changed = false;
-  const std::set<size_t> ready = job.ready;
-  for (const size_t i : ready) {
+  std::vector<size_t> fresh;
+  fresh.swap(job.fresh);
+  for (const size_t i : fresh) {
     TaskState& task = job.tasks[i];
-    if (!task.unresolvable.empty()) {
-      v1::TaskError error;
-      error.set_failure_class(v1::NUMERIC);
-      error.set_code(static_cast<int>(absl::StatusCode::kNotFound));
-      error.set_message(task.unresolvable);
-      EmitFailed(job, i, error, false, now, events);
-      changed = true;
-    } else if (!task.cache_checked) {
-      task.cache_checked = true;
+    if (task.state != v1::Task::READY) continue;
+    task.ready_since = now.steady;
+    if (task.unresolvable.empty()) {
       changed |= TakeFromCache(job, i, now, events);
+      continue;
     }
+    EmitFailed(job, i, MakeError(v1::NUMERIC, absl::StatusCode::kNotFound, task.unresolvable), false, now, events);
+    changed = true;
   }
   return changed;
 }
@@ -143,7 +183,7 @@ bool Core::TakeFromCache(JobState& job, size_t i, const Now& now, Events* events
 
 std::vector<std::string> Core::JobsWithoutReport() const {
   std::vector<std::string> ids;
-  for (const std::string& id : state_.order) {
+  for (const auto& [seq, id] : state_.active) {
     const JobState& job = state_.jobs.at(id);
     const bool running = job.state == v1::Job::RUNNING || job.state == v1::Job::PENDING;
     if (running && job.dead < 0 && job.settled == job.tasks.size() && job.report.digest().empty()) ids.push_back(id);

@@ -5,11 +5,13 @@
 // write them to the log before it lets anyone see the reply, and must stop the process when that fails.
 //
 //   Core core(options);
-//   for (event in the log) core.Replay(event);      // restart
+//   core.Restore(snapshot);                         // restart: the newest snapshot, if there is one,
+//   for (event in the log after it) core.Replay(event);
 //   core.StartGrace(now);                           // running attempts get one lease time to report themselves
 //   core.CreateJob(...), core.Synchronize(...), core.Complete(...), core.Tick(now, ...), ...
 //
-// Errors: as the API's: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, ABORTED for a stale lease.
+// Errors: as the API's: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, RESOURCE_EXHAUSTED for a quota,
+// ABORTED for a stale lease.
 
 #pragma once
 
@@ -18,6 +20,8 @@
 #include <map>
 #include <set>
 #include <string>
+#include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -34,9 +38,19 @@ using Events = std::vector<v1::Event>;
 struct CoreOptions {
   std::chrono::milliseconds lease_ttl = limits::kLeaseTtl;
   std::chrono::milliseconds retry_backoff{1'000};  // before the second attempt; doubled for each further one
+  std::chrono::milliseconds pause_grace{60'000};   // that a pause gives running attempts to reach a checkpoint
+  // An attempt that moved before and then makes no progress for this long, and for ten times its slowest step, is given up; one
+  // that never moved after twelve times as long. 0 = never.
+  std::chrono::milliseconds stall_timeout{300'000};
   std::string code_version;                        // part of every task's identity
   // Whether every blob of an artifact is in the store; a cached result without its bytes is of no use.
   std::function<bool(const std::string& digest)> is_complete = [](const std::string&) { return true; };
+
+  // Bugs planted on purpose, to show that the simulation finds such. Never set outside of tests.
+  struct Mutations {
+    bool ignore_epoch = false;  // a stale lease is as good as the current one
+    bool no_grace = false;      // leases are not renewed by a restart
+  } mutations;
 };
 
 class Core {
@@ -45,6 +59,10 @@ class Core {
 
   // Takes in one event of the log, at start.
   Status Replay(const v1::Event& event);
+  // The durable state as bytes: snapshot + the events after state().last_seq = the whole log. Equal states give equal bytes.
+  std::string Snapshot() const { return TakeSnapshot(state_); }
+  // Starts from a snapshot instead of the first event; before any Replay. DATA_LOSS; the core is then as new.
+  Status Restore(std::string_view snapshot);
   // After the replay: every lease counts as just renewed, and whatever the log left half-done goes on.
   void StartGrace(const Now& now, Events* events);
 
@@ -54,8 +72,20 @@ class Core {
   };
   // Returns the job's id: an earlier one when the request id is known. ALREADY_EXISTS when that one had another recipe.
   StatusOr<std::string> CreateJob(const NewJob& job, const Now& now, Events* events);
-  // Idempotent; a job that has ended stays as it is.
+  // What follows is idempotent: it is about the state that is wanted. FAILED_PRECONDITION when the job can never get there.
+  // Waits for running attempts to be stopped; a job that has ended stays as it is.
   Status CancelJob(const std::string& id, const std::string& reason, const Now& now, Events* events);
+  // The same at once; what still runs is cut off.
+  Status KillJob(const std::string& id, const std::string& reason, const Now& now, Events* events);
+  // Starts nothing new; running attempts are taken back at their next checkpoint or after options.pause_grace.
+  Status PauseJob(const std::string& id, const std::string& reason, const Now& now, Events* events);
+  Status ResumeJob(const std::string& id, const std::string& reason, const Now& now, Events* events);
+  // A FAILED or CANCELLED job goes on where it ended; what is done stays done.
+  Status RetryJob(const std::string& id, const std::string& reason, const Now& now, Events* events);
+  // Priority, tenant, requirements and budget of a job that has not ended.
+  Status SetPolicy(const std::string& id, const v1::JobPolicy& policy, const Now& now, Events* events);
+  // Weight and quotas of a tenant.
+  Status SetTenant(const v1::TenantPolicy& policy, const Now& now, Events* events);
 
   struct Report {
     google::protobuf::RepeatedPtrField<v1::LeaseToken> cancel;  // attempts the worker must stop and forget
@@ -63,25 +93,26 @@ class Core {
   // What a worker says of itself: renews its leases, takes progress and notes in, adopts attempts that survived a restart.
   Report Synchronize(const v1::SynchronizeRequest& request, const Now& now, Events* events);
 
-  // READY tasks whose time has come, oldest job first, then in the plan's order. Of tasks with the same identity only one at
-  // a time: the others take its result.
+  // READY tasks whose time has come, by priority, then oldest job first, then in the plan's order. Of tasks with the same
+  // identity only one at a time: the others take its result. (The scheduler looks at the queues itself.)
   struct ReadyTask {
     std::string job;
     std::string path;
     v1::TaskKind kind = v1::TASK_KIND_UNSPECIFIED;
-    std::set<std::string> avoid;   // workers
-    std::set<std::string> worked;  // workers that ran tasks of this job
   };
   std::vector<ReadyTask> ReadyTasks(const Now& now, size_t limit) const;
   // Grants a READY task. NOT_FOUND when it is not READY any more (its result may have come out of the cache meanwhile).
   StatusOr<v1::Lease> Grant(const std::string& job, const std::string& path, const std::string& worker,
                             const std::string& incarnation, const Now& now, Events* events);
+  // Takes a lease back at the attempt's next checkpoint: the task is READY again and nothing is charged to it.
+  void Preempt(const std::string& job, const std::string& path, const std::string& reason);
 
   // ABORTED when the lease is not the task's current one; repeating an accepted call is OK and changes nothing.
   Status Complete(const v1::CompleteTaskRequest& request, const Now& now, Events* events);
   Status CommitCheckpoint(const v1::CommitCheckpointRequest& request, const Now& now, Events* events);
 
-  // Expires leases whose time is over. Call at least once a second.
+  // Expires leases whose time is over. Call at least once a second: a longer gap means that the coordinator itself stood still
+  // and could not hear its workers; gaps of more than half a lease's life are therefore added to every lease.
   void Tick(const Now& now, Events* events);
 
   // Jobs whose tasks are all done and whose report is to be written; the caller makes it and calls WriteReport. A report that
@@ -104,24 +135,45 @@ class Core {
   void Emit(const std::string& job, v1::Event event, const Now& now, Events* events);
   // Everything that follows by itself: trials, cached results, the end of the job.
   void Advance(const std::string& id, const Now& now, Events* events);
+  bool AdvanceBudget(JobState& job, const Now& now, Events* events);
   bool AdvanceStudy(JobState& job, const Now& now, Events* events);
   bool AdvanceReady(JobState& job, const Now& now, Events* events);
   bool TakeFromCache(JobState& job, size_t i, const Now& now, Events* events);
   bool AdvanceEnd(JobState& job, const Now& now, Events* events);
+  void FinishStudy(JobState& job, bool early, const Now& now, Events* events);
   void EmitJobFinished(const JobState& job, v1::JobFinished::Outcome outcome, const std::string& reason, const Now& now,
                        Events* events);
   void EmitFailed(const JobState& job, size_t i, const v1::TaskError& error, bool retry, const Now& now, Events* events);
-  void EmitExpired(const JobState& job, size_t i, const std::string& reason, const Now& now, Events* events);
+  void EmitExpired(const JobState& job, size_t i, v1::LeaseExpired::Cause cause, const std::string& reason, const Now& now,
+                   Events* events);
+  void EmitReleased(const JobState& job, size_t i, const Now& now, Events* events);
   void TakeNotes(JobState& job, const std::string& path, const google::protobuf::RepeatedPtrField<v1::Note>& notes,
                  const Now& now, Events* events);
   Status CompleteWithError(JobState& job, size_t i, v1::TaskError error, const Now& now, Events* events);
   // The task that `token` leases now; ABORTED otherwise.
   StatusOr<std::pair<JobState*, size_t>> Leased(const v1::LeaseToken& token);
 
+  // leases.cc
+  void Hold(TaskState& task, const Now& now);
+  // Whether the incarnation is one that a later one of the same worker has taken the place of.
+  bool IsOldLife(const std::string& worker, const std::string& incarnation);
+  void TakeProgress(TaskState& task, const v1::TaskProgress& progress, const Now& now);
+  void CheckMissing(const v1::SynchronizeRequest& request, const std::set<LeaseKey>& alive, const Now& now, Events* events);
+  void ExtendLeases(std::chrono::milliseconds gap, const Now& now);
+  // When the attempt is given up for want of progress.
+  std::chrono::milliseconds StallDeadline(const TaskState& task) const;
+  void CheckWallBudgets(const Now& now, Events* events);
+
   const CoreOptions options_;
   State state_;
-  std::set<std::pair<std::string, size_t>> leases_;           // every LEASED task: (job, position)
-  std::map<std::string, std::set<std::string>> worked_;       // job -> workers that ran its tasks
+  struct Life {
+    std::string incarnation;
+    std::vector<std::string> old;
+  };
+  std::unordered_map<std::string, Life> lives_;              // by worker
+  std::chrono::milliseconds next_scan_{0};                   // no lease needs a look before
+  std::chrono::milliseconds last_tick_{-1};
+  std::chrono::milliseconds budgets_checked_{0};
   uint64_t progress_version_ = 0;
   uint64_t stale_commits_ = 0;
 };

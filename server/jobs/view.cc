@@ -1,5 +1,7 @@
 // The state as others see it: the API's Job, and a canonical text for comparisons.
 
+#include <cctype>
+
 #include "server/jobs/state.h"
 
 namespace refinery::jobs {
@@ -31,6 +33,11 @@ std::string Why(const JobState& job, size_t i, const Now& now) {
   return "waits for the best trial";
 }
 
+bool IsListed(const JobState& job, size_t i) {
+  const auto tasks = job.ready.find(job.plan.tasks[i].kind);
+  return tasks != job.ready.end() && tasks->second.contains(i);
+}
+
 v1::Task TaskToProto(const JobState& job, size_t i, const Now& now) {
   const TaskState& task = job.tasks[i];
   const plan::PlannedTask& planned = job.plan.tasks[i];
@@ -52,6 +59,12 @@ v1::Task TaskToProto(const JobState& job, size_t i, const Now& now) {
 }
 
 }  // namespace
+
+std::string KindName(v1::TaskKind kind) {
+  std::string name = v1::TaskKind_Name(kind);
+  for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return name;
+}
 
 v1::Job ToProto(const JobState& job, bool with_tasks, const Now& now) {
   v1::Job proto;
@@ -79,16 +92,20 @@ std::string Dump(const State& state) {
   for (const std::string& id : state.order) {
     const JobState& job = state.jobs.at(id);
     out += Join("job ", id, " ", v1::Job::State_Name(job.state), " seq ", job.created_seq, "-", job.last_seq, " settled ",
-                job.settled, " dead ", job.dead, " reason '", job.reason, "' times ", job.create_time_ms, " ",
+                job.settled, " dead ", job.dead, " attempts ", job.attempts, " retries ", job.retries, " device seconds ",
+                job.device_seconds, " paused ", job.paused_time_ms, " ", job.paused_ms, " exhausted '", job.exhausted,
+                "' study finished ", job.study_finished, " code ", job.created.code_version(), " policy {",
+                job.created.policy().ShortDebugString(), "} reason '", job.reason, "' times ", job.create_time_ms, " ",
                 job.end_time_ms, "\n  artifact ", job.artifact.ShortDebugString(), " report ",
-                job.report.ShortDebugString(), "\n");
+                job.report.ShortDebugString(), " best ", job.best_artifact.ShortDebugString(), "\n");
+    for (const std::string& worker : job.workers) out += Join("  worker ", worker, "\n");
     for (size_t i = 0; i < job.tasks.size(); ++i) {
       const TaskState& task = job.tasks[i];
       out += Join("  task ", job.plan.tasks[i].path, " ", v1::Task::State_Name(task.state), " epoch ", task.epoch,
                   " attempt ", task.attempt, " worker ", task.worker, "/", task.incarnation, " digest ", task.digest,
                   " unmet ", task.unmet_needs, " reported ", task.reported_epoch, " failures ", task.infra_failures, " ",
-                  task.node_failures, " ", task.resource_failures, " ", task.crashes, " ready ", job.ready.contains(i),
-                  " leased ", job.leased.contains(i), "\n    spec ", task.spec.ShortDebugString(), "\n    output ",
+                  task.node_failures, " ", task.resource_failures, " ", task.crashes, " ready ", IsListed(job, i),
+                  " leased ", job.leased.contains(i), " ", state.leases.contains({id, i}), " resolved ", task.resolved, "\n    spec ", task.spec.ShortDebugString(), "\n    output ",
                   task.output.ShortDebugString(), " error ", task.error.ShortDebugString(), " checkpoint ",
                   task.checkpoint_step, " ", task.checkpoint.ShortDebugString(), " cost ", task.seconds, " ",
                   task.peak_memory_bytes, " unresolvable '", task.unresolvable, "'\n");
@@ -102,6 +119,13 @@ std::string Dump(const State& state) {
   const std::map<std::string, CachedResult> results(state.results.begin(), state.results.end());
   for (const auto& [digest, result] : results) out += Join("result ", digest, " ", result.output.ShortDebugString(), "\n");
   const std::map<std::string, std::string> requests(state.requests.begin(), state.requests.end());
+  for (const auto& [tenant, policy] : state.tenants) out += Join("tenant ", policy.ShortDebugString(), "\n");
+  for (const auto& [seq, id] : state.active) out += Join("active ", seq, " ", id, "\n");
+  for (const auto& [priority, tenants] : state.queues) {
+    for (const auto& [tenant, jobs] : tenants) {
+      for (const auto& [seq, id] : jobs) out += Join("queued ", priority, " ", tenant, " ", seq, " ", id, "\n");
+    }
+  }
   for (const auto& [request, job] : requests) out += Join("request ", request, " ", job, "\n");
   return out;
 }

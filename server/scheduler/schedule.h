@@ -1,32 +1,72 @@
 // server/scheduler/schedule.h
 //
-// One scheduling pass: ready tasks x workers with free slots -> grants. Pure; the order of its inputs is its only priority:
-// tasks come oldest job first and in the plan's order, so a job's imports run before anything that waits for them.
+// One scheduling pass: the queues of the core x the living workers -> grants and preemptions. Pure: a function of its arguments
+// alone. It looks at as many tasks as it can place, not at all that wait.
+//
+//   order        priority; among equals the tenant with the smallest share (running leases / weight); its oldest job; the plan's
+//                order. Quotas count the live leases, never a counter of their own.
+//   place        a worker that has what the task needs (match.h): first one that holds most of its inputs, then one that ran
+//                tasks of its job, then the one with the most free slots, then the lowest id. A worker that the task avoids gets
+//                it only when no other that could ever take it lives.
+//   gangs        all members or none; smaller tasks fill in until a gang has waited `gang_patience`, then the workers that fit it
+//                take nothing else.
+//   preemption   for a task that no free worker can take: leases of strictly lower priority, on workers that fit, the lowest
+//                priority and the last that became ready first; taken back at their next checkpoint. Strictly lower, so no two jobs can
+//                push each other out in turn.
 
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "server/jobs/core.h"
 
 namespace refinery::scheduler {
 
-struct FreeWorker {
-  std::string id;
-  uint32_t free_slots = 0;
+// A living worker. The strings belong to the caller.
+struct Worker {
+  std::string_view id;
+  uint32_t free_slots = 0;                // 0: busy, or it does not wait for work right now
+  const v1::WorkerInfo* info = nullptr;   // null: nothing is known of it
+  bool draining = false;
 };
 
 struct Decision {
   std::string job;
   std::string path;
-  std::string worker;
+  std::string worker;  // of a preemption: who runs it
 };
 
-// Each task goes to a worker that ran tasks of its job before (its inputs lie there already), else to the one with the most
-// free slots; ties go to the lower id. A worker that the task avoids gets it only when `live_workers` names no other.
-std::vector<Decision> Schedule(const std::vector<jobs::Core::ReadyTask>& tasks, std::vector<FreeWorker> workers,
-                               const std::vector<std::string>& live_workers);
+struct Pass {
+  std::vector<Decision> grants;
+  std::vector<Decision> preemptions;
+};
+
+struct ScheduleOptions {
+  std::chrono::milliseconds gang_patience{600'000};
+  size_t max_grants = 1024;
+};
+
+Pass Schedule(const jobs::Core& core, const std::vector<Worker>& workers, const jobs::Now& now,
+              const ScheduleOptions& options = {});
+
+// Why a task does not run, with numbers, for `refinery why`; reason unspecified and no text for one that does not wait.
+struct Wait {
+  v1::WaitReason reason = v1::WAIT_REASON_UNSPECIFIED;
+  std::string text;
+};
+Wait Explain(const jobs::Core& core, const jobs::JobState& job, size_t task, const std::vector<Worker>& workers,
+             const jobs::Now& now);
+
+// What the tenants' live leases take, by tenant.
+struct Usage {
+  uint32_t leases = 0;
+  uint32_t devices = 0;
+};
+std::map<std::string, Usage> UsageOf(const jobs::State& state);
 
 }  // namespace refinery::scheduler

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <string>
@@ -60,10 +61,13 @@ class CoreDriver {
     return core.CreateJob(job, now, &events);
   }
 
+  // The core hears the clock every second, as it does from the coordinator.
   void Wait(int64_t ms) {
-    now.steady += std::chrono::milliseconds(ms);
-    now.unix_ms += ms;
-    core.Tick(now, &events);
+    for (; ms > 0; ms -= 1000) {
+      now.steady += std::chrono::milliseconds(std::min<int64_t>(ms, 1000));
+      now.unix_ms += std::min<int64_t>(ms, 1000);
+      core.Tick(now, &events);
+    }
   }
 
   // Grants the first ready task; empty token when there is none.

@@ -23,6 +23,9 @@ Status CheckPrincipal(const v1::Principal& principal) {
   if (principal.tenant().empty() && (role == Role::kViewer || role == Role::kSubmitter)) {
     return InvalidArgument("a ", principal.role(), " needs a tenant");
   }
+  if (!principal.tenant().empty() && (role == Role::kWorker || role == Role::kAdmin)) {
+    return InvalidArgument("a ", principal.role(), " is for all tenants; leave tenant out");
+  }
   if (principal.token_digest().empty() && principal.certificate().empty()) {
     return InvalidArgument("neither token_digest nor certificate is given");
   }

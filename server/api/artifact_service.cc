@@ -37,8 +37,8 @@ class ArtifactServiceImpl::Transfer {
   bool admitted_ = false;
 };
 
-ArtifactServiceImpl::ArtifactServiceImpl(store::BlobStore* blobs, std::chrono::milliseconds stall_limit)
-    : blobs_(blobs), stall_limit_(stall_limit), watchdog_([this] { Watch(); }) {}
+ArtifactServiceImpl::ArtifactServiceImpl(store::BlobStore* blobs, security::Gate* gate, std::chrono::milliseconds stall_limit)
+    : blobs_(blobs), gate_(gate), stall_limit_(stall_limit), watchdog_([this] { Watch(); }) {}
 
 ArtifactServiceImpl::~ArtifactServiceImpl() {
   {
@@ -59,8 +59,10 @@ void ArtifactServiceImpl::Watch() {
   }
 }
 
-grpc::Status ArtifactServiceImpl::FindMissingBlobs(grpc::ServerContext*, const v1::FindMissingBlobsRequest* request,
+grpc::Status ArtifactServiceImpl::FindMissingBlobs(grpc::ServerContext* context, const v1::FindMissingBlobsRequest* request,
                                                    v1::FindMissingBlobsResponse* response) {
+  const auto call = gate_->Admit(*context, "/refinery.v1.ArtifactService/FindMissingBlobs");
+  if (!call.ok()) return ToGrpc(call.status());
   if (request->digests_size() > kMaxDigestsPerCall) {
     return ToGrpc(InvalidArgument("digests has ", request->digests_size(), " entries; at most ", kMaxDigestsPerCall,
                                   " fit into one call"));
@@ -73,8 +75,10 @@ grpc::Status ArtifactServiceImpl::FindMissingBlobs(grpc::ServerContext*, const v
   return grpc::Status::OK;
 }
 
-grpc::Status ArtifactServiceImpl::QueryWriteStatus(grpc::ServerContext*, const v1::QueryWriteStatusRequest* request,
+grpc::Status ArtifactServiceImpl::QueryWriteStatus(grpc::ServerContext* context, const v1::QueryWriteStatusRequest* request,
                                                    v1::QueryWriteStatusResponse* response) {
+  const auto call = gate_->Admit(*context, "/refinery.v1.ArtifactService/QueryWriteStatus");
+  if (!call.ok()) return ToGrpc(call.status());
   const StatusOr<uint64_t> size = blobs_->SizeOf(request->digest());
   if (absl::IsInvalidArgument(size.status())) return ToGrpc(size.status());
   response->set_complete(size.ok());
@@ -84,6 +88,8 @@ grpc::Status ArtifactServiceImpl::QueryWriteStatus(grpc::ServerContext*, const v
 
 grpc::Status ArtifactServiceImpl::WriteBlob(grpc::ServerContext* context, grpc::ServerReader<v1::WriteBlobRequest>* reader,
                                             v1::WriteBlobResponse* response) {
+  const auto call = gate_->Admit(*context, "/refinery.v1.ArtifactService/WriteBlob");
+  if (!call.ok()) return ToGrpc(call.status());
   Transfer transfer(this, context);
   if (!transfer.admitted().ok()) return ToGrpc(transfer.admitted());
   v1::WriteBlobRequest request;
@@ -112,6 +118,8 @@ grpc::Status ArtifactServiceImpl::WriteBlob(grpc::ServerContext* context, grpc::
 
 grpc::Status ArtifactServiceImpl::ReadBlob(grpc::ServerContext* context, const v1::ReadBlobRequest* request,
                                            grpc::ServerWriter<v1::ReadBlobResponse>* writer) {
+  const auto call = gate_->Admit(*context, "/refinery.v1.ArtifactService/ReadBlob");
+  if (!call.ok()) return ToGrpc(call.status());
   Transfer transfer(this, context);
   if (!transfer.admitted().ok()) return ToGrpc(transfer.admitted());
   StatusOr<std::unique_ptr<store::BlobStore::Reader>> reader = blobs_->OpenReader(request->digest(), request->offset());

@@ -17,6 +17,7 @@
 #include <thread>
 
 #include "refinery/v1/artifact_service.grpc.pb.h"
+#include "server/security/gate.h"
 #include "server/store/blob_store.h"
 
 namespace refinery::api {
@@ -25,7 +26,7 @@ class ArtifactServiceImpl final : public v1::ArtifactService::Service {
  public:
   static constexpr int kMaxTransfers = 64;
 
-  explicit ArtifactServiceImpl(store::BlobStore* blobs, std::chrono::milliseconds stall_limit = std::chrono::minutes(1));
+  ArtifactServiceImpl(store::BlobStore* blobs, security::Gate* gate, std::chrono::milliseconds stall_limit = std::chrono::minutes(1));
   ~ArtifactServiceImpl() override;
 
   grpc::Status FindMissingBlobs(grpc::ServerContext* context, const v1::FindMissingBlobsRequest* request,
@@ -43,6 +44,7 @@ class ArtifactServiceImpl final : public v1::ArtifactService::Service {
   void Watch();
 
   store::BlobStore* const blobs_;
+  security::Gate* const gate_;
   const std::chrono::milliseconds stall_limit_;
   std::mutex mutex_;
   std::condition_variable wake_;

@@ -161,7 +161,7 @@ void Coordinator::RunTurn(std::vector<Command> commands) {
   for (const Command& command : commands) command(turn);
   core_->Tick(turn.now, &turn.events);
   WriteReports(turn);
-  if (!draining_ && disk_ == Disk::kOk) GrantLeases(turn);
+  if (!draining_ && !held_ && disk_ == Disk::kOk) GrantLeases(turn);
   for (Poll& poll : fleet_.Take(turn.now.steady, draining_)) turn.replies.push_back(std::move(poll.answer));
   Commit(turn);
   for (const std::function<void()>& reply : turn.replies) reply();

@@ -3,31 +3,24 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
-#include <charconv>
 #include <random>
 
 #include "common/digest.h"
-#include "common/grpc_status.h"
+#include "common/error_details.h"
 #include "common/recipe.h"
+#include "server/api/answer.h"
+#include "server/api/diff.h"
+#include "server/api/list.h"
+#include "server/api/visible.h"
 #include "server/api/watch.h"
+#include "server/jobs/policy.h"
 #include "server/store/artifacts.h"
 
 namespace refinery::api {
 namespace {
 
-constexpr int32_t kDefaultPageSize = 50;
-constexpr int32_t kMaxPageSize = 500;
-
-// Runs `command` on the loop and answers with its status once what it did is durable.
-template <typename Command>
-grpc::ServerUnaryReactor* Answer(Coordinator* coordinator, grpc::CallbackServerContext* context, Command command) {
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  coordinator->Post([reactor, command = std::move(command)](Coordinator::Turn& turn) {
-    const Status status = command(turn);
-    turn.replies.push_back([reactor, status] { reactor->Finish(ToGrpc(status)); });
-  });
-  return reactor;
-}
+constexpr size_t kMaxReasonBytes = 1000;
+constexpr size_t kMaxFiles = 10'000;
 
 // "<recipe name>-<eight hex digits>"
 std::string NewJobId(const v1::Recipe& recipe) {
@@ -42,19 +35,26 @@ std::string NewJobId(const v1::Recipe& recipe) {
 
 StatusOr<v1::Recipe> CompleteRecipe(const v1::Recipe& given) {
   if (given.ByteSizeLong() > limits::kMaxRecipeBytes) {
-    return InvalidArgument("the recipe has ", given.ByteSizeLong(), " bytes; at most ", limits::kMaxRecipeBytes, " fit");
+    return WithField(InvalidArgument("the recipe has ", given.ByteSizeLong(), " bytes; at most ", limits::kMaxRecipeBytes, " fit"),
+                     "recipe");
   }
   v1::Recipe recipe = given;
   FillDefaults(&recipe);
-  RF_RETURN_IF_ERROR(CheckRecipe(recipe));
-  return recipe;
+  const Status status = CheckRecipe(recipe);
+  if (status.ok()) return recipe;
+  // Its sentences begin with the field.
+  const std::string message = Message(status);
+  return WithField(status, Join("recipe.", message.substr(0, message.find_first_of(" :"))));
 }
 
 Status CheckFiles(store::BlobStore& blobs, const google::protobuf::Map<std::string, std::string>& files) {
+  if (files.size() > kMaxFiles) return WithField(InvalidArgument("files has more than ", kMaxFiles, " entries"), "files");
   for (const auto& [role, digest] : files) {
-    if (!IsDigest(digest)) return InvalidArgument("files['", role, "'] is not a digest: '", digest.substr(0, 80), "'");
+    if (!IsDigest(digest)) {
+      return WithField(InvalidArgument("files['", role.substr(0, 80), "'] is not a digest: '", digest.substr(0, 80), "'"), "files");
+    }
     const Status status = store::CheckComplete(blobs, digest).status();
-    if (!status.ok()) return Annotate(status, Join("file '", role, "'"));
+    if (!status.ok()) return WithResource(Annotate(status, Join("file '", role.substr(0, 80), "'")), "blob", digest);
   }
   return absl::OkStatus();
 }
@@ -70,109 +70,285 @@ void FillPlan(const plan::Plan& plan, v1::Plan* response) {
   response->set_text(plan::PlanText(plan));
 }
 
+// The caller's tenant unless he may name another.
+Status SettleTenant(const security::Principal& principal, v1::JobPolicy* policy) {
+  std::string tenant = policy->tenant().empty() ? principal.tenant : policy->tenant();
+  if (tenant.empty()) tenant = kDefaultTenant;
+  RF_RETURN_IF_ERROR(WithField(CheckName(tenant, "policy.tenant"), "policy.tenant"));
+  if (!principal.MaySee(tenant)) {
+    return WithReason(absl::PermissionDeniedError(View(Join(principal.name, " may not create jobs of tenant ", tenant))),
+                      "OTHER_TENANT");
+  }
+  policy->set_tenant(tenant == kDefaultTenant ? "" : tenant);
+  return absl::OkStatus();
+}
+
+Status CheckReason(const std::string& reason) {
+  if (reason.size() <= kMaxReasonBytes) return absl::OkStatus();
+  return WithField(InvalidArgument("reason has ", reason.size(), " bytes; at most ", kMaxReasonBytes), "reason");
+}
+
+Status NotPossible(const jobs::JobState& job, std::string_view sentence) {
+  return FailedPrecondition("job ", job.id, " is ", v1::Job::State_Name(job.state), "; ", sentence);
+}
+
+// What the core would say, for validate_only.
+Status CheckPause(const jobs::State&, const jobs::JobState& job) {
+  if (jobs::IsTerminal(job.state) || job.state == v1::Job::CANCELLING) return NotPossible(job, "only a running job can be paused");
+  return absl::OkStatus();
+}
+Status CheckResume(const jobs::State&, const jobs::JobState& job) {
+  if (jobs::IsTerminal(job.state) || job.state == v1::Job::CANCELLING) return NotPossible(job, "only a paused job can be resumed");
+  return absl::OkStatus();
+}
+Status CheckRetry(const jobs::State& state, const jobs::JobState& job) {
+  if (!jobs::IsTerminal(job.state)) return absl::OkStatus();
+  if (job.state == v1::Job::SUCCEEDED) return NotPossible(job, "there is nothing to retry");
+  if (job.study_finished && !job.best.contains("best")) return NotPossible(job, "every trial diverged, and would again");
+  return jobs::CheckJobQuota(state, job.created.policy());
+}
+Status CheckNothing(const jobs::State&, const jobs::JobState&) { return absl::OkStatus(); }
+
+template <typename Request>
+Request WithoutId(const Request& request) {
+  Request content = request;
+  content.clear_request_id();
+  return content;
+}
+
 }  // namespace
+
+Status JobServiceImpl::Create(Coordinator::Turn& turn, security::Call& call, const v1::CreateJobRequest& request,
+                              v1::Job* response) {
+  RF_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  if (!request.job_id().empty()) RF_RETURN_IF_ERROR(WithField(CheckName(request.job_id(), "job_id"), "job_id"));
+  jobs::Core::NewJob job;
+  v1::JobCreated& created = job.created;
+  RF_ASSIGN_OR_RETURN(*created.mutable_recipe(), CompleteRecipe(request.recipe()));
+  RF_RETURN_IF_ERROR(CheckFiles(coordinator_->blobs(), request.files()));
+  if (request.has_policy()) *created.mutable_policy() = request.policy();
+  RF_RETURN_IF_ERROR(SettleTenant(call.principal(), created.mutable_policy()));
+  RF_RETURN_IF_ERROR(jobs::CheckPolicy(created.policy()));
+  if (created.policy().ByteSizeLong() == 0) created.clear_policy();
+  *created.mutable_files() = request.files();
+  // Request ids of different tenants have nothing to do with each other.
+  const std::string& tenant = created.policy().tenant();
+  const bool scoped = !tenant.empty() && !request.request_id().empty();
+  created.set_request_id(scoped ? Join(tenant, ":", request.request_id()) : request.request_id());
+  created.set_owner(gate_->authenticates() && request.owner().empty() ? call.principal().name : request.owner().substr(0, 200));
+  job.id = request.job_id().empty() ? NewJobId(created.recipe()) : request.job_id();
+  if (request.validate_only()) {
+    RF_ASSIGN_OR_RETURN(const plan::Plan plan,
+                        plan::MakePlan(created.recipe(), {request.files().begin(), request.files().end()}));
+    RF_RETURN_IF_ERROR(jobs::CheckJobQuota(turn.core.state(), created.policy()));
+    *response->mutable_recipe() = created.recipe();
+    response->set_tasks_total(static_cast<uint32_t>(plan.tasks.size()));
+    return absl::OkStatus();
+  }
+  const StatusOr<std::string> id = turn.core.CreateJob(job, turn.now, &turn.events);
+  if (absl::IsAlreadyExists(id.status())) return WithResource(id.status(), "job", job.id);
+  if (!id.ok()) return id.status();
+  const jobs::JobState& state = turn.core.state().jobs.at(*id);
+  call.set_resource(NameOf(state));
+  *response = ShowJob(state, true, turn.now);
+  return absl::OkStatus();
+}
 
 grpc::ServerUnaryReactor* JobServiceImpl::CreateJob(grpc::CallbackServerContext* context,
                                                     const v1::CreateJobRequest* request, v1::Job* response) {
-  return Answer(coordinator_, context, [this, request, response](Coordinator::Turn& turn) -> Status {
-    jobs::Core::NewJob job;
-    RF_ASSIGN_OR_RETURN(*job.created.mutable_recipe(), CompleteRecipe(request->recipe()));
-    RF_RETURN_IF_ERROR(CheckFiles(coordinator_->blobs(), request->files()));
-    *job.created.mutable_files() = request->files();
-    job.created.set_request_id(request->request_id());
-    job.created.set_owner(request->owner());
-    job.id = NewJobId(job.created.recipe());
-    if (request->validate_only()) {
-      RF_ASSIGN_OR_RETURN(const plan::Plan plan, plan::MakePlan(job.created.recipe(), {request->files().begin(),
-                                                                                       request->files().end()}));
-      *response->mutable_recipe() = job.created.recipe();
-      response->set_tasks_total(static_cast<uint32_t>(plan.tasks.size()));
-      return absl::OkStatus();
-    }
-    RF_ASSIGN_OR_RETURN(const std::string id, turn.core.CreateJob(job, turn.now, &turn.events));
-    *response = jobs::ToProto(turn.core.state().jobs.at(id), true, turn.now);
-    return absl::OkStatus();
-  });
+  return Answer(coordinator_, gate_, context, "/refinery.v1.JobService/CreateJob",
+                [this, request, response](Coordinator::Turn& turn, security::Call& call) {
+                  call.set_request_id(request->request_id().substr(0, 64));
+                  return Create(turn, call, *request, response);
+                });
 }
 
 grpc::ServerUnaryReactor* JobServiceImpl::GetJob(grpc::CallbackServerContext* context, const v1::GetJobRequest* request,
                                                  v1::Job* response) {
-  return Answer(coordinator_, context, [request, response](Coordinator::Turn& turn) -> Status {
-    RF_ASSIGN_OR_RETURN(const jobs::JobState* job, turn.core.FindJob(request->id()));
-    *response = jobs::ToProto(*job, true, turn.now);
-    return absl::OkStatus();
-  });
+  return Answer(coordinator_, gate_, context, "/refinery.v1.JobService/GetJob",
+                [request, response](Coordinator::Turn& turn, security::Call& call) -> Status {
+                  RF_ASSIGN_OR_RETURN(const jobs::JobState* job,
+                                      FindJob(turn.core.state(), call.principal(), request->id()));
+                  *response = ShowJob(*job, true, turn.now);
+                  return absl::OkStatus();
+                });
 }
 
 grpc::ServerUnaryReactor* JobServiceImpl::ListJobs(grpc::CallbackServerContext* context,
                                                    const v1::ListJobsRequest* request, v1::ListJobsResponse* response) {
-  return Answer(coordinator_, context, [request, response](Coordinator::Turn& turn) -> Status {
-    // Newest first. The token is the number of the oldest job shown, counted from the first ever: new jobs do not shift it.
-    const std::vector<std::string>& order = turn.core.state().order;
-    size_t end = order.size();
-    const std::string& token = request->page_token();
-    if (!token.empty()) {
-      const auto [rest, error] = std::from_chars(token.data(), token.data() + token.size(), end);
-      if (error != std::errc() || rest != token.data() + token.size() || end > order.size()) {
-        return InvalidArgument("page_token was not made by this coordinator; start again without one");
-      }
-    }
-    if (request->page_size() < 0) return InvalidArgument("page_size must not be negative, is ", request->page_size());
-    const size_t size = request->page_size() == 0 ? kDefaultPageSize : std::min(request->page_size(), kMaxPageSize);
-    for (; end > 0 && static_cast<size_t>(response->jobs_size()) < size; --end) {
-      *response->add_jobs() = jobs::ToProto(turn.core.state().jobs.at(order[end - 1]), false, turn.now);
-    }
-    if (end > 0) response->set_next_page_token(Join(end));
-    return absl::OkStatus();
-  });
+  return Answer(coordinator_, gate_, context, "/refinery.v1.JobService/ListJobs",
+                [this, request, response](Coordinator::Turn& turn, security::Call& call) {
+                  return api::ListJobs(turn.core.state(), call.principal(), *request, page_key_, turn.now, response);
+                });
+}
+
+template <typename Request, typename Check, typename Apply>
+grpc::ServerUnaryReactor* JobServiceImpl::Change(grpc::CallbackServerContext* context, std::string_view method,
+                                                 const Request* request, v1::Job* response, Check check, Apply apply) {
+  return Answer(
+      coordinator_, gate_, context, method,
+      [this, method, request, response, check, apply](Coordinator::Turn& turn, security::Call& call) -> Status {
+        RF_RETURN_IF_ERROR(CheckRequestId(request->request_id()));
+        call.set_request_id(request->request_id());
+        RF_ASSIGN_OR_RETURN(const jobs::JobState* job, FindJob(turn.core.state(), call.principal(), request->id()));
+        call.set_resource(NameOf(*job));
+        const std::string id = job->id;
+        const std::string& caller = call.principal().name;
+        const Request content = WithoutId(*request);
+        RF_ASSIGN_OR_RETURN(const bool done,
+                            requests_.WasDone(caller, method, content, request->request_id(), turn.now.steady));
+        if (!done) {
+          if (!request->etag().empty() && request->etag() != EtagOf(*job)) {
+            return WithReason(Aborted("job ", id, " has changed since you read it (etag ", EtagOf(*job), "); read it again"),
+                              "ETAG_MISMATCH");
+          }
+          RF_RETURN_IF_ERROR(check(turn.core.state(), *job));
+          if (!request->validate_only()) {
+            RF_RETURN_IF_ERROR(apply(turn, id));
+            requests_.Remember(caller, method, content, request->request_id(), turn.now.steady);
+          }
+        }
+        *response = ShowJob(turn.core.state().jobs.at(id), true, turn.now);
+        return absl::OkStatus();
+      });
 }
 
 grpc::ServerUnaryReactor* JobServiceImpl::CancelJob(grpc::CallbackServerContext* context,
                                                     const v1::CancelJobRequest* request, v1::Job* response) {
-  return Answer(coordinator_, context, [request, response](Coordinator::Turn& turn) -> Status {
-    RF_RETURN_IF_ERROR(turn.core.CancelJob(request->id(), request->reason(), turn.now, &turn.events));
-    RF_ASSIGN_OR_RETURN(const jobs::JobState* job, turn.core.FindJob(request->id()));
-    *response = jobs::ToProto(*job, true, turn.now);
-    return absl::OkStatus();
-  });
+  return Change(context, "/refinery.v1.JobService/CancelJob", request, response, CheckNothing,
+                [request](Coordinator::Turn& turn, const std::string& id) -> Status {
+                  RF_RETURN_IF_ERROR(CheckReason(request->reason()));
+                  return turn.core.CancelJob(id, request->reason(), turn.now, &turn.events);
+                });
+}
+
+grpc::ServerUnaryReactor* JobServiceImpl::KillJob(grpc::CallbackServerContext* context, const v1::ChangeJobRequest* request,
+                                                  v1::Job* response) {
+  return Change(context, "/refinery.v1.JobService/KillJob", request, response, CheckNothing,
+                [request](Coordinator::Turn& turn, const std::string& id) -> Status {
+                  RF_RETURN_IF_ERROR(CheckReason(request->reason()));
+                  return turn.core.KillJob(id, request->reason(), turn.now, &turn.events);
+                });
+}
+
+grpc::ServerUnaryReactor* JobServiceImpl::PauseJob(grpc::CallbackServerContext* context, const v1::ChangeJobRequest* request,
+                                                   v1::Job* response) {
+  return Change(context, "/refinery.v1.JobService/PauseJob", request, response, CheckPause,
+                [request](Coordinator::Turn& turn, const std::string& id) -> Status {
+                  RF_RETURN_IF_ERROR(CheckReason(request->reason()));
+                  return turn.core.PauseJob(id, request->reason(), turn.now, &turn.events);
+                });
+}
+
+grpc::ServerUnaryReactor* JobServiceImpl::ResumeJob(grpc::CallbackServerContext* context,
+                                                    const v1::ChangeJobRequest* request, v1::Job* response) {
+  return Change(context, "/refinery.v1.JobService/ResumeJob", request, response, CheckResume,
+                [request](Coordinator::Turn& turn, const std::string& id) -> Status {
+                  RF_RETURN_IF_ERROR(CheckReason(request->reason()));
+                  return turn.core.ResumeJob(id, request->reason(), turn.now, &turn.events);
+                });
+}
+
+grpc::ServerUnaryReactor* JobServiceImpl::RetryJob(grpc::CallbackServerContext* context, const v1::ChangeJobRequest* request,
+                                                   v1::Job* response) {
+  return Change(context, "/refinery.v1.JobService/RetryJob", request, response, CheckRetry,
+                [request](Coordinator::Turn& turn, const std::string& id) -> Status {
+                  RF_RETURN_IF_ERROR(CheckReason(request->reason()));
+                  return turn.core.RetryJob(id, request->reason(), turn.now, &turn.events);
+                });
+}
+
+grpc::ServerUnaryReactor* JobServiceImpl::UpdateJob(grpc::CallbackServerContext* context, const v1::UpdateJobRequest* request,
+                                                    v1::Job* response) {
+  const auto check = [request](const jobs::State&, const jobs::JobState& job) -> Status {
+    if (jobs::IsTerminal(job.state)) return NotPossible(job, "its policy means nothing any more");
+    const std::string& tenant = request->policy().tenant();
+    if (!tenant.empty() && tenant != TenantOf(job)) {
+      return WithField(InvalidArgument("a job stays with its tenant, here ", TenantOf(job)), "policy.tenant");
+    }
+    return jobs::CheckPolicy(request->policy());
+  };
+  return Change(context, "/refinery.v1.JobService/UpdateJob", request, response, check,
+                [request](Coordinator::Turn& turn, const std::string& id) -> Status {
+                  v1::JobPolicy policy = request->policy();
+                  policy.set_tenant(turn.core.state().jobs.at(id).created.policy().tenant());
+                  return turn.core.SetPolicy(id, policy, turn.now, &turn.events);
+                });
+}
+
+grpc::ServerUnaryReactor* JobServiceImpl::DiffJobs(grpc::CallbackServerContext* context, const v1::DiffJobsRequest* request,
+                                                   v1::JobDiff* response) {
+  return Answer(coordinator_, gate_, context, "/refinery.v1.JobService/DiffJobs",
+                [request, response](Coordinator::Turn& turn, security::Call& call) -> Status {
+                  const jobs::State& state = turn.core.state();
+                  RF_ASSIGN_OR_RETURN(const jobs::JobState* before, FindJob(state, call.principal(), request->before()));
+                  RF_ASSIGN_OR_RETURN(const jobs::JobState* after, FindJob(state, call.principal(), request->after()));
+                  *response = api::DiffJobs(*before, *after);
+                  return absl::OkStatus();
+                });
 }
 
 grpc::ServerUnaryReactor* JobServiceImpl::PlanJob(grpc::CallbackServerContext* context, const v1::PlanJobRequest* request,
                                                   v1::Plan* response) {
-  return Answer(coordinator_, context, [request, response](Coordinator::Turn&) -> Status {
-    RF_ASSIGN_OR_RETURN(const v1::Recipe recipe, CompleteRecipe(request->recipe()));
-    RF_ASSIGN_OR_RETURN(const plan::Plan plan,
-                        plan::MakePlan(recipe, {request->files().begin(), request->files().end()}));
-    FillPlan(plan, response);
-    return absl::OkStatus();
-  });
+  return Answer(coordinator_, gate_, context, "/refinery.v1.JobService/PlanJob",
+                [request, response](Coordinator::Turn&, security::Call&) -> Status {
+                  RF_ASSIGN_OR_RETURN(const v1::Recipe recipe, CompleteRecipe(request->recipe()));
+                  RF_ASSIGN_OR_RETURN(const plan::Plan plan,
+                                      plan::MakePlan(recipe, {request->files().begin(), request->files().end()}));
+                  FillPlan(plan, response);
+                  return absl::OkStatus();
+                });
 }
 
-grpc::ServerWriteReactor<v1::WatchJobResponse>* JobServiceImpl::WatchJob(grpc::CallbackServerContext*,
+grpc::ServerWriteReactor<v1::WatchJobResponse>* JobServiceImpl::WatchJob(grpc::CallbackServerContext* context,
                                                                          const v1::WatchJobRequest* request) {
-  return WatchStream::Start(std::make_shared<WatchStream>(coordinator_, request->id(), request->after_seq()));
+  auto call = gate_->Admit(*context, "/refinery.v1.JobService/WatchJob");
+  if (!call.ok()) return new RefusedStream<v1::WatchJobResponse>(call.status());
+  return WatchStream::Start(std::make_shared<WatchStream>(coordinator_, *std::move(call), request->id(), request->after_seq()));
 }
 
-grpc::ServerWriteReactor<v1::LogChunk>* JobServiceImpl::TailLogs(grpc::CallbackServerContext*,
+grpc::ServerWriteReactor<v1::LogChunk>* JobServiceImpl::TailLogs(grpc::CallbackServerContext* context,
                                                                  const v1::TailLogsRequest* request) {
+  auto call = gate_->Admit(*context, "/refinery.v1.JobService/TailLogs");
+  if (!call.ok()) return new RefusedStream<v1::LogChunk>(call.status());
   return TailStream::Start(
-      std::make_shared<TailStream>(coordinator_, request->id(), request->path(), request->follow()));
+      std::make_shared<TailStream>(coordinator_, *std::move(call), request->id(), request->path(), request->follow()));
 }
 
 grpc::ServerUnaryReactor* JobServiceImpl::ListWorkers(grpc::CallbackServerContext* context, const v1::ListWorkersRequest*,
                                                       v1::ListWorkersResponse* response) {
-  return Answer(coordinator_, context, [this, response](Coordinator::Turn& turn) -> Status {
-    for (v1::WorkerInfo& worker : coordinator_->fleet().List(turn.now.steady)) *response->add_workers() = std::move(worker);
-    return absl::OkStatus();
-  });
+  return Answer(coordinator_, gate_, context, "/refinery.v1.JobService/ListWorkers",
+                [this, response](Coordinator::Turn& turn, security::Call& call) {
+                  const auto& jobs = turn.core.state().jobs;
+                  for (v1::WorkerInfo& worker : coordinator_->fleet().List(turn.now.steady)) {
+                    // What runs for others is not this caller's business.
+                    std::vector<std::string> visible;
+                    for (const std::string& task : worker.running()) {
+                      const auto job = jobs.find(task.substr(0, task.find('/')));
+                      if (job != jobs.end() && call.principal().MaySee(TenantOf(job->second))) visible.push_back(task);
+                    }
+                    worker.mutable_running()->Assign(visible.begin(), visible.end());
+                    *response->add_workers() = std::move(worker);
+                  }
+                  return absl::OkStatus();
+                });
 }
 
 grpc::ServerUnaryReactor* JobServiceImpl::GetVersion(grpc::CallbackServerContext* context, const v1::GetVersionRequest*,
                                                      v1::VersionInfo* response) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const StatusOr<std::shared_ptr<security::Call>> call = gate_->Admit(*context, "/refinery.v1.JobService/GetVersion");
+  if (!call.ok()) {
+    reactor->Finish(ToGrpc(call.status()));
+    return reactor;
+  }
   response->set_version(REFINERY_VERSION);
   response->set_grpc(grpc::Version());
   response->set_protocol(limits::kProtocolVersion);
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  response->set_time_ms(ReadClocks().unix_ms);
+  response->set_caller((*call)->principal().name);
+  response->set_role(RoleName((*call)->principal().role));
+  response->set_tenant((*call)->principal().tenant);
   reactor->Finish(grpc::Status::OK);
   return reactor;
 }

@@ -2,19 +2,20 @@
 
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/server_builder.h>
 
-#include "common/channel.h"
+
 #include "common/limits.h"
+#include "server/api/list.h"
 
 namespace refinery::api {
 namespace {
 
-constexpr std::chrono::seconds kShutdownGrace{3};
 constexpr int kMaxConcurrentStreams = 1024;  // for each connection
 constexpr int kMaxMetadataBytes = 16 << 10;
 
-void SetArguments(grpc::ServerBuilder& builder) {
+}  // namespace
+
+void SetServerArguments(grpc::ServerBuilder& builder) {
   // Otherwise two coordinators could share a port and split the calls between them without a word.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   // Pings: ours find dead workers; clients ping every 20 s and may do so at twice that rate.
@@ -28,36 +29,43 @@ void SetArguments(grpc::ServerBuilder& builder) {
   builder.SetMaxSendMessageSize(limits::kMaxMessageBytes);
 }
 
-}  // namespace
+StatusOr<std::unique_ptr<grpc::Server>> Listen(grpc::ServerBuilder& builder, const std::string& listen,
+                                               const std::shared_ptr<grpc::ServerCredentials>& credentials, std::string* address) {
+  int port = 0;
+  builder.AddListeningPort(listen, credentials, &port);
+  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr || port == 0) {
+    return Unavailable("cannot listen on ", listen,
+                       ": another program uses that port or the address is not this machine's; give --listen another one");
+  }
+  const bool is_path = listen.starts_with("unix:");
+  *address = is_path ? listen : Join(listen.substr(0, listen.rfind(':')), ":", port);
+  return server;
+}
 
-Server::Server(Coordinator* coordinator)
-    : coordinator_(coordinator), jobs_(coordinator), workers_(coordinator), artifacts_(&coordinator->blobs()) {}
+Server::Server(Coordinator* coordinator, std::shared_ptr<security::Gate> gate, std::string page_key, std::chrono::seconds drain)
+    : coordinator_(coordinator), drain_(drain), gate_(std::move(gate)), jobs_(coordinator, gate_.get(), std::move(page_key)),
+      workers_(coordinator, gate_.get()), artifacts_(&coordinator->blobs(), gate_.get()), admin_(coordinator, gate_.get()) {}
 
 StatusOr<std::unique_ptr<Server>> Server::Start(Coordinator* coordinator, const ServerOptions& options) {
   RF_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.listen, options.security));
+  RF_ASSIGN_OR_RETURN(std::shared_ptr<security::Gate> gate, security::Gate::Open(options.gate));
+  RF_ASSIGN_OR_RETURN(std::string page_key, LoadPageKey(coordinator->options().state));
   grpc::EnableDefaultHealthCheckService(true);
   static const bool reflection = (grpc::reflection::InitProtoReflectionServerBuilderPlugin(), true);
   RF_CHECK(reflection);
 
-  std::unique_ptr<Server> server(new Server(coordinator));
+  std::unique_ptr<Server> server(new Server(coordinator, std::move(gate), std::move(page_key), options.drain));
   grpc::ServerBuilder builder;
-  SetArguments(builder);
-  int port = 0;
-  builder.AddListeningPort(options.listen, credentials, &port);
+  SetServerArguments(builder);
   builder.RegisterService(&server->jobs_);
   builder.RegisterService(&server->workers_);
   builder.RegisterService(&server->artifacts_);
-  server->server_ = builder.BuildAndStart();
-  if (server->server_ == nullptr || port == 0) {
-    return Unavailable("cannot listen on ", options.listen,
-                       ": another program uses that port or the address is not this machine's; give --listen another one");
-  }
-  const bool is_path = options.listen.starts_with("unix:");
-  server->address_ = is_path ? options.listen : Join(options.listen.substr(0, options.listen.rfind(':')), ":", port);
+  builder.RegisterService(&server->admin_);
+  RF_ASSIGN_OR_RETURN(server->server_, Listen(builder, options.listen, credentials, &server->address_));
+  server->admin_.set_facts({.listen = server->address_, .encrypted = options.security.tls.has_identity()});
   grpc::HealthCheckServiceInterface* health = server->server_->GetHealthCheckService();
-  for (const char* service : {"refinery.v1.JobService", "refinery.v1.WorkerService", "refinery.v1.ArtifactService"}) {
-    health->SetServingStatus(service, true);
-  }
+  for (const char* service : kServices) health->SetServingStatus(service, true);
   return server;
 }
 
@@ -65,7 +73,7 @@ void Server::Shutdown() {
   if (server_ == nullptr) return;
   server_->GetHealthCheckService()->SetServingStatus(false);
   coordinator_->BeginShutdown();
-  server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+  server_->Shutdown(std::chrono::system_clock::now() + drain_);
   server_->Wait();
   server_.reset();
 }

@@ -25,19 +25,21 @@ void WatchStream::Next(const jobs::JobState& job, const jobs::Now& now) {
 }
 
 bool WatchStream::NextEvent(const jobs::JobState& job) {
-  if (page_.empty()) {
+  if (page_next_ == page_.size()) {
+    page_.clear();
+    page_next_ = 0;
     if (job.last_seq <= cursor_) return false;
-    StatusOr<std::vector<v1::Event>> events = coordinator_->log().Read(job.id, cursor_, kEventsPerPage);
+    StatusOr<Coordinator::EventPage> events = coordinator_->EventsOf(job, cursor_, kEventsPerPage);
     if (!events.ok()) {
       End(ToGrpc(events.status()));
       return false;
     }
-    page_.assign(std::make_move_iterator(events->begin()), std::make_move_iterator(events->end()));
+    page_ = *std::move(events);
     if (page_.empty()) return false;
   }
-  cursor_ = page_.front().seq();
-  *message_.mutable_event() = std::move(page_.front());
-  page_.pop_front();
+  cursor_ = page_[page_next_]->seq();
+  *message_.mutable_event() = *page_[page_next_];
+  page_[page_next_++].reset();
   return true;
 }
 

@@ -11,7 +11,6 @@
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
-#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -19,6 +18,8 @@
 
 #include "common/grpc_status.h"
 #include "server/api/coordinator.h"
+#include "server/api/visible.h"
+#include "server/security/gate.h"
 
 namespace refinery::api {
 
@@ -26,7 +27,8 @@ namespace refinery::api {
 template <typename Response>
 class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinator::Stream {
  public:
-  FollowStream(Coordinator* coordinator, std::string id) : coordinator_(coordinator), id_(std::move(id)) {}
+  FollowStream(Coordinator* coordinator, std::shared_ptr<security::Call> call, std::string id)
+      : coordinator_(coordinator), call_(std::move(call)), id_(std::move(id)) {}
 
   // Keeps the object alive until gRPC has let go of it, and starts it.
   static FollowStream* Start(std::shared_ptr<FollowStream> stream) {
@@ -44,7 +46,7 @@ class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinat
     } else if (stopping_) {
       End(ToGrpc(Unavailable("the coordinator is shutting down; call again to go on from here")));
     } else {
-      const StatusOr<const jobs::JobState*> job = coordinator_->core().FindJob(id_);
+      const StatusOr<const jobs::JobState*> job = FindJob(coordinator_->core().state(), call_->principal(), id_);
       if (job.ok()) {
         id_ = (*job)->id;  // a prefix must not become ambiguous while the stream runs
         Next(**job, now);
@@ -55,15 +57,20 @@ class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinat
     return !finished_;
   }
   void Stop() final { stopping_ = true; }
+  const std::string& job() const final { return id_; }
 
   void OnWriteDone(bool ok) final {
     coordinator_->Post([self = self_, ok](Coordinator::Turn&) {
       self->writing_ = false;
+      self->Wake();
       if (!ok) self->cancelled_ = true;
     });
   }
   void OnCancel() final {
-    coordinator_->Post([self = self_](Coordinator::Turn&) { self->cancelled_ = true; });
+    coordinator_->Post([self = self_](Coordinator::Turn&) {
+      self->cancelled_ = true;
+      self->Wake();
+    });
   }
   void OnDone() final { const std::shared_ptr<FollowStream> last = std::move(self_); }
 
@@ -87,6 +94,7 @@ class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinat
   Response message_;
 
  private:
+  const std::shared_ptr<security::Call> call_;
   std::string id_;
   std::shared_ptr<FollowStream> self_;
   bool stopping_ = false;
@@ -98,8 +106,8 @@ class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinat
 // JobService.WatchJob.
 class WatchStream final : public FollowStream<v1::WatchJobResponse> {
  public:
-  WatchStream(Coordinator* coordinator, std::string id, uint64_t after_seq)
-      : FollowStream(coordinator, std::move(id)), cursor_(after_seq) {}
+  WatchStream(Coordinator* coordinator, std::shared_ptr<security::Call> call, std::string id, uint64_t after_seq)
+      : FollowStream(coordinator, std::move(call), std::move(id)), cursor_(after_seq) {}
 
  protected:
   void Next(const jobs::JobState& job, const jobs::Now& now) override;
@@ -109,7 +117,8 @@ class WatchStream final : public FollowStream<v1::WatchJobResponse> {
   bool NextProgress(const jobs::JobState& job, const jobs::Now& now);
 
   uint64_t cursor_;                  // last event sent
-  std::deque<v1::Event> page_;       // events after it, already read
+  Coordinator::EventPage page_;      // events after it, already read, from page_next_ on
+  size_t page_next_ = 0;
   struct Sent {
     uint64_t version = 0;
     Milliseconds time{-1'000'000};
@@ -122,8 +131,8 @@ class WatchStream final : public FollowStream<v1::WatchJobResponse> {
 class TailStream final : public FollowStream<v1::LogChunk> {
  public:
   // An empty `path` means every task.
-  TailStream(Coordinator* coordinator, std::string id, std::string path, bool follow)
-      : FollowStream(coordinator, std::move(id)), path_(std::move(path)), follow_(follow) {}
+  TailStream(Coordinator* coordinator, std::shared_ptr<security::Call> call, std::string id, std::string path, bool follow)
+      : FollowStream(coordinator, std::move(call), std::move(id)), path_(std::move(path)), follow_(follow) {}
 
  protected:
   void Next(const jobs::JobState& job, const jobs::Now& now) override;

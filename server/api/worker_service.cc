@@ -17,8 +17,8 @@ constexpr size_t kMaxIdBytes = 200;
 // A Synchronize call. Deletes itself when gRPC has let go of it.
 class PollReactor final : public grpc::ServerUnaryReactor {
  public:
-  PollReactor(Coordinator* coordinator, const v1::SynchronizeResponse* response)
-      : coordinator_(coordinator), response_(response) {}
+  PollReactor(Coordinator* coordinator, std::shared_ptr<security::Call> call, const v1::SynchronizeResponse* response)
+      : coordinator_(coordinator), call_(std::move(call)), response_(response) {}
 
   // The caller went away: what the poll was granted meanwhile is not lost, its lease just runs out.
   void OnCancel() override {
@@ -31,8 +31,15 @@ class PollReactor final : public grpc::ServerUnaryReactor {
 
  private:
   Coordinator* const coordinator_;
+  const std::shared_ptr<security::Call> call_;
   const v1::SynchronizeResponse* const response_;
 };
+
+grpc::ServerUnaryReactor* Refuse(grpc::CallbackServerContext* context, const Status& status) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(ToGrpc(status));
+  return reactor;
+}
 
 Milliseconds TimeLeft(const grpc::CallbackServerContext& context) {
   const auto deadline = context.deadline();
@@ -68,7 +75,9 @@ void TakeProgress(Coordinator& coordinator, const v1::SynchronizeRequest& reques
 grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerContext* context,
                                                          const v1::SynchronizeRequest* request,
                                                          v1::SynchronizeResponse* response) {
-  auto* reactor = new PollReactor(coordinator_, response);
+  auto call = gate_->Admit(*context, "/refinery.v1.WorkerService/Synchronize");
+  if (!call.ok()) return Refuse(context, call.status());
+  auto* reactor = new PollReactor(coordinator_, *std::move(call), response);
   const Milliseconds left = TimeLeft(*context) - kDeadlineMargin;
   coordinator_->Post([this, reactor, request, response, left](Coordinator::Turn& turn) {
     const Status status = CheckSynchronize(*request);
@@ -98,8 +107,13 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
 grpc::ServerUnaryReactor* WorkerServiceImpl::CompleteTask(grpc::CallbackServerContext* context,
                                                           const v1::CompleteTaskRequest* request,
                                                           v1::CompleteTaskResponse*) {
+  auto call = gate_->Admit(*context, "/refinery.v1.WorkerService/CompleteTask");
+  if (!call.ok()) return Refuse(context, call.status());
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  coordinator_->Post([this, reactor, request](Coordinator::Turn& turn) {
+  // The files are looked at here, so that the loop need not; what is looked at is not collected from then on.
+  StatusOr<uint64_t> size = 0;
+  if (request->has_success()) size = store::CheckComplete(coordinator_->blobs(), request->success().output().digest());
+  coordinator_->Post([this, reactor, request, size, call = *std::move(call)](Coordinator::Turn& turn) {
     const Status status = [&]() -> Status {
       const jobs::TaskState* task = turn.core.AttemptOf(request->lease());
       if (task == nullptr || task->state != v1::Task::LEASED) return turn.core.Complete(*request, turn.now, &turn.events);
@@ -109,13 +123,13 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::CompleteTask(grpc::CallbackServerCo
         if (!logged.ok()) spdlog::warn("log of {}/{}: {}", request->lease().job(), request->lease().path(), Message(logged));
       }
       if (!request->has_success()) return turn.core.Complete(*request, turn.now, &turn.events);
-      RF_ASSIGN_OR_RETURN(const uint64_t size,
-                          store::CheckComplete(coordinator_->blobs(), request->success().output().digest()));
+      if (!size.ok()) return size.status();
+      RF_RETURN_IF_ERROR(coordinator_->CheckDisk(Coordinator::Disk::kFull));
       v1::CompleteTaskRequest checked = *request;
-      checked.mutable_success()->mutable_output()->set_size(size);
+      checked.mutable_success()->mutable_output()->set_size(*size);
       return turn.core.Complete(checked, turn.now, &turn.events);
     }();
-    turn.replies.push_back([reactor, status] { reactor->Finish(ToGrpc(status)); });
+    turn.replies.push_back([reactor, status, call] { reactor->Finish(ToGrpc(status)); });
   });
   return reactor;
 }
@@ -123,16 +137,20 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::CompleteTask(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* WorkerServiceImpl::CommitCheckpoint(grpc::CallbackServerContext* context,
                                                               const v1::CommitCheckpointRequest* request,
                                                               v1::CommitCheckpointResponse*) {
+  auto call = gate_->Admit(*context, "/refinery.v1.WorkerService/CommitCheckpoint");
+  if (!call.ok()) return Refuse(context, call.status());
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  coordinator_->Post([this, reactor, request](Coordinator::Turn& turn) {
+  const Status complete = store::CheckComplete(coordinator_->blobs(), request->checkpoint().digest()).status();
+  coordinator_->Post([this, reactor, request, complete, call = *std::move(call)](Coordinator::Turn& turn) {
     const Status status = [&]() -> Status {
       const jobs::TaskState* task = turn.core.AttemptOf(request->lease());
       if (task != nullptr && task->state == v1::Task::LEASED) {
-        RF_RETURN_IF_ERROR(store::CheckComplete(coordinator_->blobs(), request->checkpoint().digest()).status());
+        RF_RETURN_IF_ERROR(complete);
+        RF_RETURN_IF_ERROR(coordinator_->CheckDisk(Coordinator::Disk::kFull));
       }
       return turn.core.CommitCheckpoint(*request, turn.now, &turn.events);
     }();
-    turn.replies.push_back([reactor, status] { reactor->Finish(ToGrpc(status)); });
+    turn.replies.push_back([reactor, status, call] { reactor->Finish(ToGrpc(status)); });
   });
   return reactor;
 }

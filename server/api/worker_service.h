@@ -7,12 +7,13 @@
 
 #include "refinery/v1/worker_service.grpc.pb.h"
 #include "server/api/coordinator.h"
+#include "server/security/gate.h"
 
 namespace refinery::api {
 
 class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
  public:
-  explicit WorkerServiceImpl(Coordinator* coordinator) : coordinator_(coordinator) {}
+  WorkerServiceImpl(Coordinator* coordinator, security::Gate* gate) : coordinator_(coordinator), gate_(gate) {}
 
   grpc::ServerUnaryReactor* Synchronize(grpc::CallbackServerContext* context, const v1::SynchronizeRequest* request,
                                         v1::SynchronizeResponse* response) override;
@@ -24,6 +25,7 @@ class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
 
  private:
   Coordinator* const coordinator_;
+  security::Gate* const gate_;
 };
 
 }  // namespace refinery::api

@@ -33,8 +33,8 @@ Call::~Call() {
   if (principal_.role != Role::kWorker) gate_->limiter_.End(principal_.name);
 }
 
-StatusOr<std::unique_ptr<Gate>> Gate::Open(GateOptions options) {
-  std::unique_ptr<Gate> gate(new Gate(std::move(options)));
+StatusOr<std::shared_ptr<Gate>> Gate::Open(GateOptions options) {
+  std::shared_ptr<Gate> gate(new Gate(std::move(options)));
   RF_ASSIGN_OR_RETURN(gate->audit_, AuditLog::Open(gate->options_.audit_log));
   if (gate->authenticates()) RF_RETURN_IF_ERROR(gate->Load());
   return gate;
@@ -121,7 +121,7 @@ StatusOr<std::shared_ptr<Call>> Gate::Admit(const grpc::ServerContextBase& conte
     Audit(*call, status);
     return status;
   }
-  call->gate_ = this;
+  call->gate_ = shared_from_this();
   return call;
 }
 

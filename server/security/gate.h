@@ -39,7 +39,7 @@ struct Principal {
 struct GateOptions {
   std::filesystem::path principals;   // empty: no authentication
   std::filesystem::path audit_log;    // empty: none
-  Limits limits;                      // of each viewer, submitter or admin; workers are not limited
+  Limits limits;                      // of each viewer, submitter or admin; none without principals, nor for workers
   std::chrono::milliseconds reload{1'000};  // how often the file of principals is looked at
 };
 
@@ -57,25 +57,25 @@ class Call {
 
  private:
   friend class Gate;
-  Gate* gate_ = nullptr;
+  std::shared_ptr<Gate> gate_;
   const Method* method_ = nullptr;
   Principal principal_;
   std::string peer_, resource_, request_id_;
   Status outcome_;
 };
 
-class Gate {
+class Gate : public std::enable_shared_from_this<Gate> {
  public:
   // INVALID_ARGUMENT for a bad file of principals; NOT_FOUND when it is empty (then nobody could call).
-  static StatusOr<std::unique_ptr<Gate>> Open(GateOptions options);
+  static StatusOr<std::shared_ptr<Gate>> Open(GateOptions options);
 
-  // `method` as in methods.h. The Call must not outlive the gate.
+  // `method` as in methods.h.
   StatusOr<std::shared_ptr<Call>> Admit(const grpc::ServerContextBase& context, std::string_view method);
 
   bool authenticates() const { return !options_.principals.empty(); }
 
  private:
-  explicit Gate(GateOptions options) : options_(std::move(options)), limiter_(options_.limits) {}
+  explicit Gate(GateOptions options) : options_(std::move(options)), limiter_(authenticates() ? options_.limits : Limits()) {}
   Status Load();
   void ReloadIfChanged();
   StatusOr<Principal> Identify(const grpc::ServerContextBase& context);

@@ -25,6 +25,7 @@ const std::vector<Method>& Methods() {
       {"/refinery.v1.JobService/PauseJob", kSubmitters, kAudited},
       {"/refinery.v1.JobService/ResumeJob", kSubmitters, kAudited},
       {"/refinery.v1.JobService/RetryJob", kSubmitters, kAudited},
+      {"/refinery.v1.JobService/UpdateJob", kSubmitters, kAudited},
       {"/refinery.v1.JobService/DiffJobs", kViewers},
       {"/refinery.v1.JobService/PlanJob", kViewers},
       {"/refinery.v1.JobService/WatchJob", kViewers},

@@ -11,6 +11,9 @@
 #include <algorithm>
 #include <cctype>
 #include <exception>
+#include <map>
+#include <mutex>
+#include <string_view>
 
 namespace refinery::metrics {
 namespace {
@@ -64,7 +67,32 @@ struct Metrics::Impl {
       Counter(*registry, "refinery_leases_expired_total", "Leases that ended without the worker's word.").Add({});
   prometheus::Counter& stale =
       Counter(*registry, "refinery_stale_commits_rejected_total", "Commits refused because of a stale lease.").Add({});
+  prometheus::Gauge& disk_used = Gauge(*registry, "refinery_disk_used_ratio", "Used share of the state folder's disk.").Add({});
+  prometheus::Gauge& disk_full =
+      Gauge(*registry, "refinery_disk_full", "1 while the disk is too full for new jobs and leases.").Add({});
+  prometheus::Gauge& disk_read_only =
+      Gauge(*registry, "refinery_disk_read_only", "1 while the disk is too full to take in anything.").Add({});
+  prometheus::Counter& collected =
+      Counter(*registry, "refinery_cas_gc_deleted_bytes_total", "Bytes of blobs that nothing referred to any more.").Add({});
   std::unique_ptr<prometheus::Exposer> exposer;
+
+  // Children by (kind, outcome): looking one up by its labels costs more than the event itself.
+  std::mutex mutex;
+  std::map<std::pair<v1::TaskKind, std::string_view>, prometheus::Counter*> attempts_of;  // outcomes are literals or enum names
+  std::map<v1::TaskKind, prometheus::Histogram*> seconds_of;
+
+  prometheus::Counter& AttemptsOf(v1::TaskKind kind, std::string_view outcome) {
+    std::lock_guard lock(mutex);
+    prometheus::Counter*& child = attempts_of[{kind, outcome}];
+    if (child == nullptr) child = &attempts.Add({{"kind", KindLabel(kind)}, {"outcome", LabelOf(std::string(outcome))}});
+    return *child;
+  }
+  prometheus::Histogram& SecondsOf(v1::TaskKind kind) {
+    std::lock_guard lock(mutex);
+    prometheus::Histogram*& child = seconds_of[kind];
+    if (child == nullptr) child = &seconds.Add({{"kind", KindLabel(kind)}}, kTaskSeconds);
+    return *child;
+  }
 };
 
 Metrics::Metrics() : impl_(std::make_unique<Impl>()) {
@@ -89,17 +117,15 @@ StatusOr<std::string> Metrics::Serve(const std::string& address) {
 }
 
 void Metrics::OnEvent(const v1::Event& event, v1::TaskKind kind) {
-  const auto count = [&](const std::string& outcome) {
-    impl_->attempts.Add({{"kind", KindLabel(kind)}, {"outcome", outcome}}).Increment();
-  };
+  const auto count = [&](std::string_view outcome) { impl_->AttemptsOf(kind, outcome).Increment(); };
   switch (event.kind_case()) {
     case v1::Event::kTaskFinished:
       count(event.task_finished().cached() ? "cached" : "succeeded");
       if (event.task_finished().cached()) return;
-      impl_->seconds.Add({{"kind", KindLabel(kind)}}, kTaskSeconds).Observe(event.task_finished().seconds());
+      impl_->SecondsOf(kind).Observe(event.task_finished().seconds());
       return;
     case v1::Event::kTaskFailed:
-      return count(LabelOf(v1::FailureClass_Name(event.task_failed().error().failure_class())));
+      return count(v1::FailureClass_Name(event.task_failed().error().failure_class()));
     case v1::Event::kLeaseExpired:
       impl_->expired.Increment();
       return count("expired");
@@ -109,6 +135,14 @@ void Metrics::OnEvent(const v1::Event& event, v1::TaskKind kind) {
 }
 
 void Metrics::OnCommit(double seconds) { impl_->commit_seconds.Observe(seconds); }
+
+void Metrics::OnDisk(double used, bool full, bool read_only) {
+  impl_->disk_used.Set(used);
+  impl_->disk_full.Set(full ? 1 : 0);
+  impl_->disk_read_only.Set(read_only ? 1 : 0);
+}
+
+void Metrics::OnCollected(uint64_t bytes) { impl_->collected.Increment(static_cast<double>(bytes)); }
 
 void Metrics::OnProgress(v1::TaskKind kind, const v1::TaskProgress& before, const v1::TaskProgress& after) {
   if (after.tokens_trained() > before.tokens_trained()) {

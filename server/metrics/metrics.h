@@ -41,6 +41,9 @@ class Metrics {
   // One event that was committed, on a task of `kind` (unspecified for events about jobs and trials).
   void OnEvent(const v1::Event& event, v1::TaskKind kind);
   void OnCommit(double seconds);
+  // Share of the state folder's disk that is used, and what follows from it.
+  void OnDisk(double used, bool full, bool read_only);
+  void OnCollected(uint64_t bytes);
   void OnProgress(v1::TaskKind kind, const v1::TaskProgress& before, const v1::TaskProgress& after);
   void Update(const Snapshot& snapshot);
 

@@ -7,6 +7,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -32,7 +33,7 @@ INSERT INTO meta VALUES('clean', '1');
 )";
 
 constexpr char kSchema2[] = R"(
-CREATE TABLE compacted(job TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+CREATE TABLE compacted(job TEXT PRIMARY KEY, up_to INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 )";
 
 // SQLite's errors as ours. The only place where SQLiteCpp's exceptions end.
@@ -151,8 +152,8 @@ Status EventLog::Initialize(const std::filesystem::path& folder) {
   if (was_unclean_) RF_RETURN_IF_ERROR(CheckAfterUncleanStop(folder));
   db.exec("UPDATE meta SET value = '0' WHERE key = 'clean'");
   last_seq_ = db.execAndGet("SELECT coalesce(max(seq), 0) FROM events").getInt64();
-  SQLite::Statement compacted(db, "SELECT job FROM compacted");
-  while (compacted.executeStep()) compacted_.insert(compacted.getColumn(0).getString());
+  SQLite::Statement compacted(db, "SELECT job, up_to FROM compacted");
+  while (compacted.executeStep()) compacted_[compacted.getColumn(0).getString()] = compacted.getColumn(1).getInt64();
   impl_->insert_event = std::make_unique<SQLite::Statement>(db, "INSERT INTO events VALUES(?, ?, ?, ?)");
   impl_->insert_result = std::make_unique<SQLite::Statement>(db, "INSERT OR REPLACE INTO results VALUES(?, ?, ?, ?)");
   impl_->read_job = std::make_unique<SQLite::Statement>(
@@ -229,9 +230,10 @@ Status EventLog::Append(const std::vector<v1::Event>& events) {
 
 StatusOr<int> EventLog::Compact(const std::string& job, uint64_t up_to, int limit) try {
   SQLite::Transaction transaction(impl_->db, SQLite::TransactionBehavior::IMMEDIATE);
-  if (!compacted_.contains(job)) {
-    SQLite::Statement mark(impl_->db, "INSERT OR IGNORE INTO compacted VALUES(?)");
+  if (CompactedTo(job) < up_to) {
+    SQLite::Statement mark(impl_->db, "INSERT OR REPLACE INTO compacted VALUES(?, ?)");
     mark.bind(1, job);
+    mark.bind(2, static_cast<int64_t>(up_to));
     mark.exec();
   }
   SQLite::Statement& remove = *impl_->remove;
@@ -242,7 +244,7 @@ StatusOr<int> EventLog::Compact(const std::string& job, uint64_t up_to, int limi
   const int removed = remove.exec();
   Failpoint("compact_before_commit");
   transaction.commit();
-  compacted_.insert(job);
+  compacted_[job] = std::max(up_to, CompactedTo(job));
   return removed;
 } catch (const SQLite::Exception& e) {
   failed_ = true;
@@ -270,6 +272,11 @@ StatusOr<std::vector<v1::Event>> EventLog::Read(const std::string& job, uint64_t
   return events;
 } catch (const SQLite::Exception& e) {
   return FromSqlite(e, "be read");
+}
+
+uint64_t EventLog::CompactedTo(const std::string& job) const {
+  const auto found = compacted_.find(job);
+  return found == compacted_.end() ? 0 : found->second;
 }
 
 StatusOr<std::string> EventLog::ResultOf(const std::string& task_digest) try {

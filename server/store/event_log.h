@@ -4,7 +4,8 @@
 //
 //   events(seq, job, time_ms, payload)          payload = the serialized Event
 //   results(task_digest, output_digest, ...)    one row per task identity that was ever finished, in the same transaction
-//   compacted(job)                              jobs whose events were removed: they ended long ago and a snapshot holds them
+//   compacted(job, up_to)                       jobs whose events up to `up_to` were removed: they ended long ago, and a
+//                                               snapshot holds what they came to
 //
 // Profile: WAL, synchronous=FULL, so Append returns only once the events are on disk. SQLite 3.40 can corrupt a WAL when one
 // connection checkpoints while another commits; therefore this object's connection does all commits and checkpoints; the
@@ -19,8 +20,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -64,9 +65,10 @@ class EventLog {
   StatusOr<std::vector<v1::Event>> Read(const std::string& job, uint64_t after_seq, int limit);
 
   // Removes at most `limit` events of a job that has ended, none later than `up_to`, which a durable snapshot must cover; returns
-  // how many went. From the first call on the job counts as compacted: watching it from the start is not possible any more.
+  // how many went. From the first call on they count as gone, so that nobody reads half of them.
   StatusOr<int> Compact(const std::string& job, uint64_t up_to, int limit);
-  bool IsCompacted(const std::string& job) const { return compacted_.contains(job); }
+  // The last event of the job that is not there any more; 0 when all are.
+  uint64_t CompactedTo(const std::string& job) const;
 
   // Digest of the output that the task of identity `task_digest` had; NOT_FOUND when none was finished.
   StatusOr<std::string> ResultOf(const std::string& task_digest);
@@ -86,7 +88,7 @@ class EventLog {
 
   std::unique_ptr<Impl> impl_;
   uint64_t last_seq_ = 0;
-  std::set<std::string> compacted_;
+  std::map<std::string, uint64_t> compacted_;
   bool was_unclean_ = false;
   bool check_is_due_ = false;
   bool failed_ = false;

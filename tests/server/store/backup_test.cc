@@ -79,13 +79,13 @@ TEST(CompactionTest, RemovesOnlyWhatASnapshotCovers) {
   auto log = OpenLog(folder.path());
   ASSERT_THAT(log->Append({NoteOf(1, "old"), NoteOf(2, "new"), NoteOf(3, "old"), NoteOf(4, "old"), NoteOf(5, "new")}), IsOk());
   EXPECT_THAT(log->Compact("old", 3, 1), IsOkAndHolds(1));
-  EXPECT_TRUE(log->IsCompacted("old"));
-  EXPECT_FALSE(log->IsCompacted("new"));
+  EXPECT_EQ(log->CompactedTo("old"), 3u);
+  EXPECT_EQ(log->CompactedTo("new"), 0u);
   EXPECT_THAT(log->Compact("old", 3, 100), IsOkAndHolds(1));
   EXPECT_THAT(log->Compact("old", 3, 100), IsOkAndHolds(0));
   log.reset();
   log = OpenLog(folder.path());
-  EXPECT_TRUE(log->IsCompacted("old"));
+  EXPECT_EQ(log->CompactedTo("old"), 3u);
   EXPECT_EQ(log->last_seq(), 5u);
   EXPECT_THAT(Seqs(*log, 3), ElementsAre(4, 5));
   EXPECT_EQ(log->Read("new", 0, 10)->size(), 2u);

@@ -35,6 +35,8 @@ CACHE = pathlib.Path.home() / ".cache" / "refinery"
 LENGTH = 512
 VARIANTS = {"default": {}, "mse": {"mse": 2.4}, "mse, act order": {"mse": 2.4, "desc_act": True, "act_group_aware": False}}
 THREADS = os.environ.get("REFINERY_BENCH_THREADS", "2")
+# gptqmodel 7.7.0 does not start on two cores with its own default of one worker.
+PEER_ENVIRONMENT = {"OMP_NUM_THREADS": THREADS, "GPTQMODEL_CPU_WORKERS": "2"}
 
 
 def parse():
@@ -75,7 +77,7 @@ def run_peer(job):
     torch.set_num_threads(int(THREADS))
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration_ids(job["folder"], job["sequences"])]
     config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], device="cpu", **job["options"])
-    model = GPTQModel.load(job["folder"], config, device="cpu")
+    model = GPTQModel.load(job["folder"], config)
     start = time.perf_counter()
     model.quantize(calibration, batch_size=1)
     seconds = time.perf_counter() - start
@@ -161,7 +163,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as work:
             job["target"] = str(pathlib.Path(work) / "quantized")
             done = subprocess.run([sys.executable, __file__, "--peer", json.dumps(job)], cwd=work, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": THREADS})
+                                  stderr=subprocess.STDOUT, text=True, env={**PEER_ENVIRONMENT, **os.environ})
             line = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if not line:
                 sys.exit(f"gptqmodel failed at {bits} bit, group {group_size}, {variant}:\n{done.stdout[-3000:]}")

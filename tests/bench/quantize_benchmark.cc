@@ -212,9 +212,7 @@ Status Run(const Arguments& arguments) {
 }  // namespace refinery
 
 int main(int argc, char** argv) {
-  // As the program does (worker/task/main.cc).
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
-  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  refinery::runtime::KeepFreedPages();
   refinery::Arguments arguments;
   if (!refinery::Parse(argc, argv, &arguments)) {
     std::fprintf(stderr, "usage: refinery_quantize_benchmark MODEL CALIBRATION_TEXT TEST_TEXT [options]\n");

@@ -14,8 +14,6 @@
 
 #include "worker/task/runtime/torch.h"
 
-#include <malloc.h>
-
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -230,9 +228,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: refinery_recover_benchmark MODEL TRAIN_TEXT TEST_TEXT OTHER_TEXT [options]\n");
     return 2;
   }
-  // As the program does (main.cc).
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
-  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  refinery::runtime::KeepFreedPages();
   const refinery::Status status = refinery::Run(arguments);
   if (!status.ok()) std::fprintf(stderr, "%s\n", refinery::Message(status).c_str());
   return status.ok() ? 0 : 1;

@@ -6,7 +6,6 @@
 // Standard output carries one TaskEvent (JSON) a line, standard error the log. Exit codes: 0 done, 1 the task failed (the last
 // event says why), 2 wrong usage.
 
-#include <malloc.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -20,6 +19,7 @@
 #include "worker/task/chat.h"
 #include "worker/task/inspect.h"
 #include "worker/task/lint_command.h"
+#include "worker/task/runtime/device.h"
 #include "worker/task/start.h"
 #include "worker/task/tasks.h"
 
@@ -30,14 +30,6 @@ void DieWithParent(int parent_pid) {
   if (parent_pid <= 0) return;
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != parent_pid) std::exit(1);  // it died before prctl
-}
-
-// Tensors of a few megabytes come and go at every step: keep their pages instead of asking the kernel for zeroed ones each time
-// (about a tenth of a training step).
-void KeepFreedPages() {
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
-  mallopt(M_TRIM_THRESHOLD, 1 << 30);
-  mallopt(M_TOP_PAD, 64 << 20);
 }
 
 // Reading a part of a mapped file that someone cut off meanwhile ends a program by SIGBUS: the log should say what that means.
@@ -151,7 +143,7 @@ int ConvertTable(const ConvertOptions& convert) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  KeepFreedPages();
+  runtime::KeepFreedPages();
   ExplainBusErrors();
   CLI::App app{"Runs one Refinery task."};
   app.set_version_flag("--version", REFINERY_VERSION);

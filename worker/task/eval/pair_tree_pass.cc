@@ -30,7 +30,6 @@ T* Data(const at::Tensor& tensor) {
 }  // namespace
 
 bool PairTreePass::Works(const model::CausalLm& model) {
-#if defined(__x86_64__)
   if (!model.device().is_cpu() || model.dtype() != at::kBFloat16 || !kernels::PairAttentionWorks(model.config().head_dim)) return false;
   if (model.config().hidden_size % 2 != 0 || model.config().intermediate_size % 2 != 0) return false;
   for (const model::DecoderLayer& layer : model.layers) {
@@ -41,10 +40,6 @@ bool PairTreePass::Works(const model::CausalLm& model) {
     }
   }
   return model.lm_head.is_contiguous();
-#else
-  (void)model;
-  return false;
-#endif
 }
 
 PairTreePass::PairTreePass(std::shared_ptr<const model::CausalLm> model)

@@ -15,14 +15,6 @@ constexpr int64_t kManyRows = 32;
 
 Bf16* Data(const at::Tensor& tensor) { return tensor.defined() ? static_cast<Bf16*>(tensor.data_ptr()) : nullptr; }
 
-bool HasInstructions() {
-#if defined(__x86_64__)
-  return kernels::HasPairs();
-#else
-  return false;
-#endif
-}
-
 bool IsRows(const at::Tensor& t) {
   return t.dim() == 2 && t.is_cpu() && t.scalar_type() == at::kBFloat16 && (t.stride(1) == 1 || t.size(1) == 1);
 }
@@ -49,7 +41,7 @@ void RunUnits(const kernels::PairMatmul& matmul) {
 }  // namespace
 
 bool TakesPairMatmul(const at::Tensor& x, const at::Tensor& weight) {
-  if (!HasInstructions() || !IsRows(x) || !IsRows(weight) || !weight.is_contiguous()) return false;
+  if (!kernels::HasPairs() || !IsRows(x) || !IsRows(weight) || !weight.is_contiguous()) return false;
   if (x.size(0) < kManyRows || x.size(1) % 2 != 0) return false;
   return !at::GradMode::is_enabled() || !(x.requires_grad() || weight.requires_grad());
 }
@@ -74,7 +66,7 @@ at::Tensor Matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 at::Tensor GatedMatmul(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up) {
   TORCH_CHECK(x.dim() == 2 && gate.dim() == 2 && x.size(1) == gate.size(1) && gate.sizes() == up.sizes(), "GatedMatmul: x ", x.sizes(),
               ", gate ", gate.sizes(), ", up ", up.sizes());
-  if (!TakesPairMatmul(x, gate) || !TakesPairMatmul(x, up)) return at::silu(at::linear(x, gate)) * at::linear(x, up);
+  TORCH_CHECK(TakesPairMatmul(x, gate) && TakesPairMatmul(x, up), "GatedMatmul: ask TakesPairMatmul first");
   const at::Tensor y = at::empty({x.size(0), gate.size(0)}, x.options());
   RunUnits({.x = Data(x), .rows = x.size(0), .inputs = x.size(1), .x_stride = x.stride(0), .weight = Data(gate),
             .outputs = gate.size(0), .up = Data(up), .y = Data(y), .y_stride = gate.size(0)});

@@ -1,5 +1,6 @@
 #include "worker/task/runtime/torch.h"
 // The precompiled header comes first.
+#include "worker/task/model/causal_attention.h"
 #include "worker/task/model/kernels.h"
 #include "worker/task/model/ops.h"
 
@@ -270,6 +271,7 @@ at::Tensor PackedAttention(const at::Tensor& qkv, const at::Tensor& cos, const a
   TORCH_CHECK(qkv.dim() == 2 && qkv.size(0) == total && qkv.size(1) == (n + 2 * m) * d, "PackedAttention: qkv ", qkv.sizes(),
               ", lengths sum to ", total);
   TORCH_CHECK(cos.size(0) == total && cos.size(1) == d && sin.sizes() == cos.sizes(), "PackedAttention: cos ", cos.sizes());
+  if (TakesCausalAttention(qkv, shape)) return CausalAttention(qkv, cos.contiguous(), sin.contiguous(), lengths, shape);
   if (TakesCpuKernels(qkv)) return AttentionFunction::apply(qkv, cos.contiguous(), sin.contiguous(), lengths, shape);
   const at::Tensor q = RotatedPlain(qkv.narrow(1, 0, n * d), cos, sin, d);
   const at::Tensor k = RotatedPlain(qkv.narrow(1, n * d, m * d), cos, sin, d);

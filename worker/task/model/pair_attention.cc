@@ -15,24 +15,6 @@ namespace {
 
 constexpr int64_t kBlock = 16;  // positions of a key block
 
-RF_BF16_INLINE void StoreHalves(Bf16* to, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
-}
-
-// e^x for x <= 0: a relative error below 3e-7; 0 below -87.
-RF_BF16_INLINE __m512 ExpOfNegative(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  }
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-  return _mm512_maskz_scalef_ps(seen, p, n);
-}
-
 // What the steps of one call share.
 struct Frame {
   int64_t d = 0, block0 = 0, blocks = 0;  // key blocks [block0, block0 + blocks), or
@@ -90,7 +72,7 @@ RF_BF16_TARGET float Weigh(float* scores, int64_t count) {
   const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
   auto* weights = reinterpret_cast<Bf16*>(scores);
   for (int64_t t = 0; t < count; t += kBlock) {
-    const __m512 weight = ExpOfNegative(_mm512_sub_ps(_mm512_load_ps(scores + t), top));
+    const __m512 weight = Exp(_mm512_sub_ps(_mm512_load_ps(scores + t), top));
     total = _mm512_add_ps(total, weight);
     StoreHalves(weights + t, weight);
   }

@@ -8,6 +8,7 @@
 
 #include "common/status.h"
 #include "worker/task/quantize/grid.h"
+#include "worker/task/quantize/lane_product.h"
 #include "worker/task/quantize/prepared_hessian.h"
 #include "worker/task/quantize/refine.h"
 
@@ -60,8 +61,8 @@ Columns RunColumns(at::Tensor values, const at::Tensor& factor, const at::Tensor
     block.end = end;
     ForTiles(rows, [&block](int64_t first_row) { QuantizeTile(block, first_row); });
     if (factor.defined() && end < columns) {  // W[:, end:] -= E U[begin:end, end:], transposed
-      at::Tensor rest = values.slice(0, end);
-      rest.addmm_(factor.slice(0, begin, end).slice(1, end).t(), errors.slice(0, 0, end - begin), 1, -1);
+      Multiply({.a = block.factor + begin * columns + end, .a_stride = columns, .b = block.errors, .out = block.weight + end * rows,
+                .rows = rows, .depth = end - begin, .width = columns - end, .factor = -1, .add = true});
     }
   }
   return result;
@@ -81,8 +82,8 @@ void Refine(const PreparedHessian& hessian, const GptqSettings& settings, at::Te
     for (const auto& [begin, end] : hessian.order.blocks) {
       block.begin = begin;
       block.end = end;
-      at::Tensor target = gradient.slice(0, 0, end - begin);
-      at::mm_out(target, hessian.matrix.slice(0, begin, end), errors);
+      Multiply({.a = block.hessian + begin, .a_stride = n, .b = block.errors, .out = gradient.data_ptr<float>(), .rows = rows,
+                .depth = n, .width = end - begin});  // H is symmetric
       ForTiles(rows, [&block](int64_t first_row) { RefineTile(block, first_row); });
     }
   }

@@ -8,6 +8,7 @@
 
 #include "common/status.h"
 #include "worker/task/quantize/grid.h"
+#include "worker/task/quantize/lane_product.h"
 #include "worker/task/runtime/reporter.h"
 
 namespace refinery::quantize {
@@ -150,14 +151,23 @@ void CheckFinite(const std::string& name, const std::string& what, const at::Ten
 }
 
 at::Tensor PreparedHessian::RowErrors(const at::Tensor& difference) const {
-  const int64_t columns = matrix.size(0);
-  at::Tensor sums = at::zeros({difference.size(1)}, at::kDouble);
-  for (int64_t c = 0; c < columns; c += kErrorColumns) {  // what lies right of the diagonal block counts twice
+  const int64_t columns = matrix.size(0), rows = difference.size(1);
+  const at::Tensor e = difference.contiguous();
+  const float* errors = e.const_data_ptr<float>();
+  at::Tensor sums = at::zeros({rows}, at::kDouble), part = at::empty({kErrorColumns, rows}, at::kFloat);
+  for (int64_t c = 0; c < columns; c += kErrorColumns) {  // what lies beside the diagonal block counts twice; H is symmetric
     const int64_t end = std::min(c + kErrorColumns, columns);
-    const at::Tensor rows = matrix.slice(0, c, end), here = difference.slice(0, c, end);
-    at::Tensor part = at::mm(rows.slice(1, c, end), here);
-    if (end < columns) part.addmm_(rows.slice(1, end), difference.slice(0, end), 1, 2);
-    sums += part.mul_(here).sum(0, false, at::kDouble);
+    LaneProduct product{.a = matrix.const_data_ptr<float>() + end * columns + c, .a_stride = columns, .b = errors + end * rows,
+                        .out = part.data_ptr<float>(), .rows = rows, .depth = columns - end, .width = end - c, .factor = 2};
+    Multiply(product);
+    product.a -= (end - c) * columns;
+    product.b -= (end - c) * rows;
+    product.depth = end - c;
+    product.factor = 1;
+    product.add = true;
+    Multiply(product);
+    at::Tensor used = part.slice(0, 0, end - c);
+    sums += used.mul_(e.slice(0, c, end)).sum(0, false, at::kDouble);
   }
   return sums;
 }

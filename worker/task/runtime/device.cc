@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <malloc.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -41,6 +42,12 @@ at::ScalarType ComputeType() { return at::kBFloat16; }
 
 void SetThreads(int threads) {
   if (threads > 0) at::set_num_threads(threads);
+}
+
+void KeepFreedPages() {
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  mallopt(M_TOP_PAD, 64 << 20);
 }
 
 uint64_t PeakMemoryBytes() {

@@ -69,28 +69,54 @@ TEST(OpsTest, SiluMulAtTheEdges) {
                              .sum().item<float>()));
 }
 
-// Goal: the window and grouped heads.  Oracle: softmax attention spelled out in float64 with an explicit mask.
+// Softmax attention spelled out in float64 with an explicit mask.
+at::Tensor AttentionSpelledOut(const at::Tensor& qkv, const std::vector<int64_t>& lengths, const AttentionShape& shape) {
+  const int64_t n = shape.heads, m = shape.kv_heads, d = shape.head_dim;
+  std::vector<at::Tensor> contexts;
+  int64_t begin = 0;
+  for (int64_t length : lengths) {
+    const at::Tensor rows = qkv.to(at::kDouble).narrow(0, begin, length).view({length, n + 2 * m, d}).transpose(0, 1);
+    const at::Tensor k = rows.narrow(0, n, m).repeat_interleave(n / m, 0), v = rows.narrow(0, n + m, m).repeat_interleave(n / m, 0);
+    const at::Tensor age = at::arange(length).unsqueeze(1) - at::arange(length);
+    const at::Tensor hidden = (age < 0).logical_or(age >= (shape.sliding_window > 0 ? shape.sliding_window : length));
+    const at::Tensor scores = at::matmul(rows.narrow(0, 0, n), k.transpose(1, 2)) / std::sqrt(static_cast<double>(d));
+    contexts.push_back(at::matmul(scores.masked_fill(hidden, -INFINITY).softmax(-1), v).transpose(0, 1).reshape({length, n * d}));
+    begin += length;
+  }
+  return at::cat(contexts);
+}
+
+// Goal: the window and grouped heads.
 TEST(OpsTest, AttentionEqualsSoftmaxSpelledOut) {
   at::manual_seed(3);
   const AttentionShape shape{.heads = 6, .kv_heads = 2, .head_dim = 10, .sliding_window = 4};
   const std::vector<int64_t> lengths = {1, 9, 9, 3, 0, 20};
   const int64_t tokens = 42, d = 10;
   const at::Tensor qkv = at::randn({tokens, 100}), cos = at::ones({tokens, d}), sin = at::zeros({tokens, d});
-  const at::Tensor wide = qkv.to(at::kDouble);
-  std::vector<at::Tensor> want;
-  int64_t begin = 0;
-  for (int64_t length : lengths) {
-    const at::Tensor rows = wide.narrow(0, begin, length).view({length, 10, d}).transpose(0, 1);
-    const at::Tensor k = rows.narrow(0, 6, 2).repeat_interleave(3, 0), v = rows.narrow(0, 8, 2).repeat_interleave(3, 0);
-    const at::Tensor age = at::arange(length).unsqueeze(1) - at::arange(length);
-    const at::Tensor hidden = (age < 0).logical_or(age >= 4);
-    const at::Tensor scores = at::matmul(rows.narrow(0, 0, 6), k.transpose(1, 2)) / std::sqrt(10.0);
-    want.push_back(at::matmul(scores.masked_fill(hidden, -INFINITY).softmax(-1), v).transpose(0, 1).reshape({length, 60}));
-    begin += length;
-  }
-  const at::Tensor expected = at::cat(want);
+  const at::Tensor wide = qkv.to(at::kDouble), expected = AttentionSpelledOut(qkv, lengths, shape);
   EXPECT_LT((PackedAttention(qkv, cos, sin, lengths, shape).to(at::kDouble) - expected).abs().max().item<double>(), 1e-5);
   EXPECT_LT((PackedAttention(wide, cos, sin, lengths, shape) - expected).abs().max().item<double>(), 1e-10);
+}
+
+// Goal: the passes without gradient in bfloat16, odd lengths and several turns of a long sequence among them; what follows a
+// sequence's last position in memory must not matter.
+TEST(OpsTest, AttentionInBfloat16) {
+  at::manual_seed(4);
+  const std::vector<int64_t> lengths = {1, 37, 0, 150, 16, 3};
+  const int64_t tokens = 207, d = 32;
+  for (const AttentionShape& shape : {AttentionShape{.heads = 6, .kv_heads = 2, .head_dim = d},
+                                      AttentionShape{.heads = 6, .kv_heads = 2, .head_dim = d, .sliding_window = 21},
+                                      AttentionShape{.heads = 2, .kv_heads = 2, .head_dim = d}}) {
+    const at::Tensor qkv = at::randn({tokens, (shape.heads + 2 * shape.kv_heads) * d}).to(at::kBFloat16);
+    const at::Tensor cos = at::ones({tokens, d}), sin = at::zeros({tokens, d}), expected = AttentionSpelledOut(qkv, lengths, shape);
+    const at::Tensor got = PackedAttention(qkv, cos, sin, lengths, shape);
+    // Weights and results have 8 bits: a relative step of 2^-8 of values up to about 4.
+    EXPECT_LT((got.to(at::kDouble) - expected).abs().max().item<double>(), 0.02) << shape.heads << " " << shape.sliding_window;
+    at::Tensor leaf = qkv.clone().requires_grad_();  // the differentiable path
+    EXPECT_LT((PackedAttention(leaf, cos, sin, lengths, shape).to(at::kDouble) - expected).abs().max().item<double>(), 0.02);
+    const at::Tensor alone = PackedAttention(qkv.narrow(0, 38, 150), cos.narrow(0, 0, 150), sin.narrow(0, 0, 150), {150}, shape);
+    EXPECT_TRUE(at::equal(alone, got.narrow(0, 38, 150)));
+  }
 }
 
 }  // namespace

@@ -394,16 +394,18 @@ TEST(GridTest, SearchBeatsTheAbsoluteMaximum) {
 // Goal: chunks, blocks and bf16 inputs give X^T X.  Method: float64 product; products of bf16 values are exact in float32.
 TEST(HessianTest, AccumulatesTheProductOfAllTokens) {
   at::manual_seed(6);
-  const at::Tensor x = at::randn({5000, 600}).to(at::kBFloat16);
-  Hessian hessian(600, at::kCPU);
-  hessian.Add(x.slice(0, 0, 4999));
-  hessian.Add(x.slice(0, 4999));
-  const at::Tensor matrix = hessian.Matrix();
-  const at::Tensor wanted = at::mm(x.to(at::kDouble).t(), x.to(at::kDouble));
-  EXPECT_EQ(hessian.tokens(), 5000);
-  EXPECT_TRUE(at::equal(matrix, matrix.t()));
-  EXPECT_LT((matrix.to(at::kDouble) - wanted).abs().max().item<double>(), 1e-5 * wanted.abs().max().item<double>());
-  EXPECT_THROW(hessian.Add(at::zeros({3, 599})), c10::Error);
+  for (const int64_t columns : {600, 128, 33}) {  // the last neither whole vectors nor a whole panel
+    const at::Tensor x = at::randn({5000, columns}).to(at::kBFloat16);
+    Hessian hessian(columns, at::kCPU);
+    hessian.Add(x.slice(0, 0, 4957));
+    hessian.Add(x.slice(0, 4957));
+    const at::Tensor matrix = hessian.Matrix();
+    const at::Tensor wanted = at::mm(x.to(at::kDouble).t(), x.to(at::kDouble));
+    EXPECT_EQ(hessian.tokens(), 5000);
+    EXPECT_TRUE(at::equal(matrix, matrix.t()));
+    EXPECT_LT((matrix.to(at::kDouble) - wanted).abs().max().item<double>(), 1e-5 * wanted.abs().max().item<double>()) << columns;
+    EXPECT_THROW(hessian.Add(at::zeros({3, columns - 1})), c10::Error);
+  }
 }
 
 }  // namespace

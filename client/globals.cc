@@ -1,7 +1,6 @@
 #include "client/globals.h"
 
 #include "client/exit_code.h"
-#include "common/channel.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 
@@ -10,13 +9,16 @@ namespace {
 constexpr std::chrono::milliseconds kConnectWait{3'000};
 }  // namespace
 
-StatusOr<Connection> Connect(const std::string& address) {
+StatusOr<Connection> Connect(const Globals& globals) { return Connect(globals.coordinator, globals.security); }
+
+StatusOr<Connection> Connect(const std::string& address, const ChannelSecurity& security) {
   Connection connection;
   connection.address = address;
-  connection.channel = MakeChannel(address);
+  RF_ASSIGN_OR_RETURN(connection.channel, MakeChannel(address, security));
   if (!WaitForConnection(*connection.channel, address, kConnectWait).ok()) {
     return Unavailable("no coordinator answers at ", address,
-                       "; start refineryd, name its address with --coordinator HOST:PORT, or use `refinery run RECIPE`");
+                       "; start refineryd, name its address with --coordinator HOST:PORT, or use `refinery run RECIPE`",
+                       security.tls.any() ? " (with TLS: `refinery doctor` looks at the certificates)" : "");
   }
   connection.jobs = v1::JobService::NewStub(connection.channel);
   return connection;
@@ -50,6 +52,8 @@ int ExitCodeOf(const Status& status) {
     case absl::StatusCode::kUnavailable:
     case absl::StatusCode::kDeadlineExceeded:
     case absl::StatusCode::kUnimplemented:
+    case absl::StatusCode::kUnauthenticated:
+    case absl::StatusCode::kPermissionDenied:
       return kWrongInput;
     default:
       return kFailed;

@@ -10,6 +10,7 @@
 
 #include <grpcpp/channel.h>
 
+#include "common/channel.h"
 #include "common/status.h"
 #include "refinery/v1/job_service.grpc.pb.h"
 
@@ -18,6 +19,7 @@ namespace refinery::client {
 struct Globals {
   std::string coordinator = "127.0.0.1:7433";
   bool coordinator_given = false;     // by flag or environment
+  ChannelSecurity security;           // for `coordinator`; programs that this one starts itself need none
   bool json = false;                  // -o json
   std::filesystem::path data_folder;  // pulled benchmarks
 };
@@ -30,7 +32,8 @@ struct Connection {
 };
 
 // UNAVAILABLE naming the address and the next step when nobody answers within a few seconds.
-StatusOr<Connection> Connect(const std::string& address);
+StatusOr<Connection> Connect(const std::string& address, const ChannelSecurity& security = {});
+StatusOr<Connection> Connect(const Globals& globals);
 
 // A call's deadline set to the usual one.
 void SetDeadline(grpc::ClientContext* context);

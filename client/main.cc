@@ -24,6 +24,18 @@ constexpr char kFooter[] =
     "coordinator that does not answer; 3 the job was cancelled; 130 detached by Ctrl-C, the job goes on.\n"
     "Standard output carries data only; progress and remarks go to standard error. NO_COLOR is honoured.";
 
+void AddSecurity(CLI::App& app, Globals& globals) {
+  refinery::ChannelSecurity& security = globals.security;
+  app.add_option("--token-file", security.token_file, "file with the token of an admin")->envname("REFINERY_TOKEN_FILE");
+  app.add_option("--tls-authority", security.tls.authority, "PEM file that signed the coordinator's certificate: use TLS")
+      ->envname("REFINERY_TLS_AUTHORITY");
+  app.add_option("--tls-certificate", security.tls.certificate, "PEM file: our own certificate, for mutual TLS")
+      ->envname("REFINERY_TLS_CERTIFICATE");
+  app.add_option("--tls-key", security.tls.key, "PEM file: its key")->envname("REFINERY_TLS_KEY");
+  app.add_option("--server-name", security.server_name, "name in the coordinator's certificate, if not the HOST that is dialled")
+      ->envname("REFINERY_SERVER_NAME");
+}
+
 void AddCommands(CLI::App& app, Globals& globals, refinery::client::Result& result) {
   using namespace refinery::client;   // NOLINT(google-build-using-namespace): the list of commands and nothing else
   AddRun(app, globals, result);
@@ -34,9 +46,14 @@ void AddCommands(CLI::App& app, Globals& globals, refinery::client::Result& resu
   AddDescribe(app, globals, result);
   AddLogs(app, globals, result);
   AddCancel(app, globals, result);
+  AddChanges(app, globals, result);
+  AddWhy(app, globals, result);
+  AddDiff(app, globals, result);
   AddFetch(app, globals, result);
   AddReport(app, globals, result);
   AddWorker(app, globals, result);
+  AddAdmin(app, globals, result);
+  AddDoctor(app, globals, result);
   AddChat(app, globals, result);
   AddData(app, globals, result);
   AddEval(app, globals, result);
@@ -63,6 +80,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "refinery " REFINERY_VERSION);
   app.add_option("--coordinator", globals.coordinator, "HOST:PORT of refineryd (default 127.0.0.1:7433)")
       ->envname("REFINERY_COORDINATOR");
+  AddSecurity(app, globals);
   app.add_option("-o,--output-format", format, "json or table")->check(CLI::IsMember({"json", "table"}));
   app.add_option("--data-dir", data_folder, "folder of the pulled benchmarks (default ~/.cache/refinery/data)")
       ->envname("REFINERY_DATA_DIR");

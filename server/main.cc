@@ -7,28 +7,23 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 #include "common/channel.h"
+#include "common/config_file.h"
 #include "common/files.h"
 #include "common/logging.h"
+#include "server/api/recovery.h"
 #include "server/api/server.h"
+#include "server/config/config.h"
 #include "server/report/report.h"
+#include "server/store/backup.h"
 
 namespace refinery {
 namespace {
-
-struct Flags {
-  std::string state;
-  std::string listen = "127.0.0.1:7433";
-  bool insecure_listen = false;
-  std::string metrics_address = "127.0.0.1:9464";
-  int64_t lease_ttl_ms = limits::kLeaseTtl.count();
-  std::string log_level = "info";
-};
 
 int Complain(const Status& status) {
   std::fprintf(stderr, "refineryd: %s\n", Message(status).c_str());
@@ -55,28 +50,57 @@ class Signals {
   sigset_t set_;
 };
 
-Status Serve(const Flags& flags, const Signals& signals) {
-  api::CoordinatorOptions options{.state = flags.state,
-                                  .lease_ttl = std::chrono::milliseconds(flags.lease_ttl_ms),
-                                  .make_report = report::MakeReport};
-  if (const char* count = std::getenv("REFINERY_EXIT_AFTER_EVENT")) {
-    options.exit_after_event = std::strtoull(count, nullptr, 10);
+// The address of the recovery server may take a moment to become free.
+StatusOr<std::unique_ptr<api::Server>> StartServer(api::Coordinator* coordinator, const api::ServerOptions& options) {
+  constexpr std::chrono::milliseconds kPatience{3'000}, kPause{20};
+  for (std::chrono::milliseconds waited{0};; waited += kPause) {
+    auto server = api::Server::Start(coordinator, options);
+    if (server.ok() || !absl::IsUnavailable(server.status()) || waited >= kPatience) return server;
+    std::this_thread::sleep_for(kPause);
   }
+}
+
+void WarnOfOpenDoors(const v1::CoordinatorConfig& config, const std::string& address) {
+  if (IsLoopback(address)) return;
+  if (config.tls().certificate().empty()) {
+    spdlog::warn("listening on {} WITHOUT ENCRYPTION: tokens, recipes and data cross the network in the clear", address);
+  }
+  if (config.principals().empty() && config.tls().authority().empty()) {
+    spdlog::warn("listening on {} WITHOUT AUTHENTICATION: whoever reaches this port can run jobs and read artifacts", address);
+  }
+}
+
+Status Serve(const v1::CoordinatorConfig& config, const Signals& signals) {
+  const std::filesystem::path state = config.state();
+  api::ServerOptions serving{.listen = config.listen(),
+                             .security = config::SecurityOf(config),
+                             .gate = {.principals = config.principals(),
+                                      .audit_log = config.audit_log(),
+                                      .limits = {.rate_per_second = config.rate_per_second(),
+                                                 .concurrent_calls = config.concurrent_calls()}},
+                             .drain = std::chrono::seconds(config.drain_seconds())};
+  if (config.audit_log().empty()) serving.gate.audit_log = state / "audit.jsonl";
+  if (config.audit_log() == "none") serving.gate.audit_log.clear();
+  RF_ASSIGN_OR_RETURN(auto recovery, api::RecoveryServer::Start(config.listen(), serving.security));
+  serving.listen = recovery->address();
+
+  api::CoordinatorOptions options{.state = state,
+                                  .lease_ttl = std::chrono::milliseconds(config.lease_ttl_ms()),
+                                  .make_report = report::MakeReport};
+  RF_RETURN_IF_ERROR(api::ReadTestSettings(&options));
   RF_ASSIGN_OR_RETURN(const auto coordinator, api::Coordinator::Open(std::move(options)));
-  if (flags.metrics_address != "none") {
-    RF_ASSIGN_OR_RETURN(const std::string address, coordinator->metrics().Serve(flags.metrics_address));
-    RF_RETURN_IF_ERROR(WriteFileAtomically(std::filesystem::path(flags.state) / "metrics_address", address + "\n"));
+  if (config.metrics_address() != "none") {
+    RF_ASSIGN_OR_RETURN(const std::string address, coordinator->metrics().Serve(config.metrics_address()));
+    RF_RETURN_IF_ERROR(WriteFileAtomically(state / "metrics_address", address + "\n"));
     spdlog::info("metrics address={}", address);
   }
-  RF_ASSIGN_OR_RETURN(const auto server, api::Server::Start(coordinator.get(), {.listen = flags.listen,
-                                                                                .security = {.insecure_anywhere = flags.insecure_listen}}));
-  if (!IsLoopback(server->address())) {
-    spdlog::warn("listening on {} WITHOUT encryption and WITHOUT authentication: whoever reaches this port can run jobs and "
-                 "read artifacts", server->address());
-  }
-  const std::filesystem::path address_file = std::filesystem::path(flags.state) / "address";
+  recovery.reset();
+  RF_ASSIGN_OR_RETURN(const auto server, StartServer(coordinator.get(), serving));
+  WarnOfOpenDoors(config, server->address());
+  const std::filesystem::path address_file = state / "address";
   RF_RETURN_IF_ERROR(WriteFileAtomically(address_file, server->address() + "\n"));
-  spdlog::info("serving address={} state={} version={}", server->address(), flags.state, REFINERY_VERSION);
+  spdlog::info("serving address={} state={} version={} tls={} authenticated={}", server->address(), config.state(),
+               REFINERY_VERSION, config.tls().certificate().empty() ? 0 : 1, config.principals().empty() ? 0 : 1);
 
   const int signal = signals.Wait();
   spdlog::info("stopping signal={}", signal);
@@ -88,27 +112,28 @@ Status Serve(const Flags& flags, const Signals& signals) {
 
 int Main(int argc, char** argv) {
   setenv("GRPC_VERBOSITY", "NONE", 0);  // our one sentence says it; gRPC's own lines only on request
-  Flags flags;
-  CLI::App app("refineryd: the coordinator of Refinery");
-  app.set_version_flag("--version", Join("refineryd ", REFINERY_VERSION, " (gRPC ", grpc::Version(), ")"));
-  app.add_option("--state", flags.state, "Folder of the event log and the artifacts; one coordinator each")->required();
-  app.add_option("--listen", flags.listen, "HOST:PORT to serve on; port 0 takes any, written to <state>/address")
-      ->capture_default_str();
-  app.add_flag("--insecure-listen,--insecure-listen-anywhere", flags.insecure_listen,
-               "Allow --listen on an address that other machines reach, without encryption or authentication");
-  app.add_option("--metrics-address", flags.metrics_address, "HOST:PORT of the /metrics page, or none")
-      ->capture_default_str();
-  app.add_option("--lease-ttl-ms", flags.lease_ttl_ms, "How long a silent worker keeps its tasks")
-      ->check(CLI::Range(100, 3'600'000))->capture_default_str();
-  app.add_option("--log-level", flags.log_level, "trace, debug, info, warn, error or off")->capture_default_str();
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
+  const StatusOr<config::CommandLine> line = config::ReadCommandLine(argc, argv);
+  if (!line.ok()) return Complain(line.status());
+  if (line->exit_code >= 0) return line->exit_code;
+  if (line->print) {
+    std::fputs(ConfigText(config::DefaultConfig(), "refineryd").c_str(), stdout);
+    return 0;
   }
-  if (const Status status = InitLogging("refineryd", flags.log_level); !status.ok()) return Complain(status);
+  if (!line->restore.empty()) {
+    const StatusOr<store::BackupInfo> info = store::Restore(line->restore, line->config.state());
+    if (!info.ok()) return Complain(info.status());
+    std::fprintf(stderr, "refineryd: %s holds %llu events and %llu blobs now\n", line->config.state().c_str(),
+                 static_cast<unsigned long long>(info->last_seq), static_cast<unsigned long long>(info->blobs));
+    return 0;
+  }
   const Signals signals;  // before any thread is made
-  const Status status = Serve(flags, signals);
+  if (const Status status = config::CheckConfig(line->config); !status.ok()) return Complain(status);
+  if (line->check) {
+    std::fputs(ConfigText(line->config, "refineryd").c_str(), stdout);
+    std::fputs("refineryd: the configuration is good\n", stderr);
+    return 0;
+  }
+  const Status status = Serve(line->config, signals);
   if (!status.ok()) return Complain(status);
   spdlog::info("stopped");
   return 0;

@@ -25,6 +25,12 @@ void AddList(CLI::App& app, Globals& globals, Result& result);
 void AddDescribe(CLI::App& app, Globals& globals, Result& result);
 void AddLogs(CLI::App& app, Globals& globals, Result& result);
 void AddCancel(CLI::App& app, Globals& globals, Result& result);
+// pause, resume, retry, kill, priority.
+void AddChanges(CLI::App& app, Globals& globals, Result& result);
+void AddWhy(CLI::App& app, Globals& globals, Result& result);
+void AddDiff(CLI::App& app, Globals& globals, Result& result);
+void AddAdmin(CLI::App& app, Globals& globals, Result& result);
+void AddDoctor(CLI::App& app, Globals& globals, Result& result);
 void AddFetch(CLI::App& app, Globals& globals, Result& result);
 void AddReport(CLI::App& app, Globals& globals, Result& result);
 void AddWorker(CLI::App& app, Globals& globals, Result& result);

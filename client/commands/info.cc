@@ -18,7 +18,7 @@ namespace {
 constexpr std::chrono::milliseconds kVersionWait{500};
 
 StatusOr<int> ListWorkers(const Globals& globals) {
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   grpc::ClientContext context;
   SetDeadline(&context);
   v1::ListWorkersResponse workers;
@@ -38,7 +38,7 @@ StatusOr<int> Version(const Globals& globals) {
   }
   std::cout << "refinery " << ours.version() << " (protocol " << ours.protocol() << ", gRPC " << ours.grpc() << ")\n";
   // The coordinator's is good to know and may be missing.
-  auto channel = MakeChannel(globals.coordinator);
+  RF_ASSIGN_OR_RETURN(auto channel, MakeChannel(globals.coordinator, globals.security));
   if (!WaitForConnection(*channel, globals.coordinator, kVersionWait).ok()) return kOk;
   grpc::ClientContext context;
   SetDeadline(&context);

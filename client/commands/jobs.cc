@@ -21,10 +21,17 @@ namespace {
 
 constexpr uint64_t kMaxReportBytes = 16 << 20;
 
-StatusOr<int> List(const Globals& globals) {
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+struct ListFlags {
+  std::string filter, order_by, tenant;
+};
+
+StatusOr<int> List(const ListFlags& flags, const Globals& globals) {
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   v1::ListJobsResponse all;
   v1::ListJobsRequest request;
+  request.set_filter(flags.filter);
+  request.set_order_by(flags.order_by);
+  request.set_tenant(flags.tenant);
   do {
     grpc::ClientContext context;
     SetDeadline(&context);
@@ -38,14 +45,14 @@ StatusOr<int> List(const Globals& globals) {
 }
 
 StatusOr<int> Describe(const std::string& id, const Globals& globals) {
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   RF_ASSIGN_OR_RETURN(v1::Job job, GetJob(connection, id));
   std::cout << (globals.json ? ToJson(job) : JobDescription(job));
   return kOk;
 }
 
 StatusOr<int> Cancel(const std::string& id, const std::string& reason, const Globals& globals) {
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   grpc::ClientContext context;
   SetDeadline(&context);
   v1::CancelJobRequest request;
@@ -60,7 +67,7 @@ StatusOr<int> Cancel(const std::string& id, const std::string& reason, const Glo
 
 StatusOr<int> Watch(const std::string& id, uint64_t after_seq, const Globals& globals) {
   Interrupt interrupt;
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   FollowOptions options;
   options.interrupt = &interrupt;
   options.json = globals.json;
@@ -89,7 +96,7 @@ struct LogFlags {
 
 StatusOr<int> Logs(const LogFlags& flags, const Globals& globals) {
   Interrupt interrupt;
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   grpc::ClientContext context;
   v1::TailLogsRequest request;
   request.set_id(flags.id);
@@ -123,7 +130,7 @@ StatusOr<int> Logs(const LogFlags& flags, const Globals& globals) {
 }
 
 StatusOr<int> Fetch(const std::string& id, const std::string& output, const Globals& globals) {
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   RF_ASSIGN_OR_RETURN(v1::Job job, GetJob(connection, id));
   std::filesystem::path folder = std::filesystem::absolute(output.empty() ? job.id() : output);
   RF_RETURN_IF_ERROR(FetchResult(connection, job, folder));
@@ -137,7 +144,7 @@ StatusOr<int> Fetch(const std::string& id, const std::string& output, const Glob
 }
 
 StatusOr<int> Report(const std::string& id, bool table, const Globals& globals) {
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   RF_ASSIGN_OR_RETURN(v1::Job job, GetJob(connection, id));
   if (globals.json) {
     std::cout << ToJson(job);
@@ -165,7 +172,12 @@ CLI::App* AddJobCommand(CLI::App& app, const char* name, const char* help, Resul
 }  // namespace
 
 void AddList(CLI::App& app, Globals& globals, Result& result) {
-  app.add_subcommand("list", "List the jobs")->callback([&globals, &result] { result = List(globals); });
+  auto flags = std::make_shared<ListFlags>();
+  CLI::App* command = app.add_subcommand("list", "List the jobs, newest first");
+  command->add_option("--filter", flags->filter, "e.g. 'state = RUNNING AND owner : ann'");
+  command->add_option("--order-by", flags->order_by, "e.g. 'priority desc, create_time_ms'");
+  command->add_option("--tenant", flags->tenant, "only this tenant's");
+  command->callback([flags, &globals, &result] { result = List(*flags, globals); });
 }
 
 void AddDescribe(CLI::App& app, Globals& globals, Result& result) {

@@ -15,7 +15,7 @@ namespace {
 
 StatusOr<int> Submit(const std::string& recipe, const std::string& request_id, bool validate_only, const Globals& globals) {
   RF_ASSIGN_OR_RETURN(RecipeInput input, ReadRecipe(recipe, globals.data_folder));
-  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+  RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   RF_RETURN_IF_ERROR(UploadFiles(connection, input));
   RF_ASSIGN_OR_RETURN(v1::Job job, CreateJob(connection, input, request_id.empty() ? RandomRequestId() : request_id,
                                              validate_only));
@@ -45,7 +45,7 @@ StatusOr<int> PrintPlan(Connection& connection, const RecipeInput& input, bool j
 StatusOr<int> Plan(const std::string& recipe, const Globals& globals) {
   RF_ASSIGN_OR_RETURN(RecipeInput input, ReadRecipe(recipe, globals.data_folder));
   if (globals.coordinator_given) {
-    RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals.coordinator));
+    RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
     return PrintPlan(connection, input, globals.json);
   }
   // Planning is the coordinator's work: one of our own, for this question only.

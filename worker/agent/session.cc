@@ -203,7 +203,10 @@ Status Session::Step() {
 
 StatusOr<v1::SynchronizeResponse> Session::Synchronize(bool idle) {
   grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + (idle ? limits::kLongPoll + kPollSlack : kBusyDeadline));
+  // A busy worker must be back in time to look at its fence.
+  const auto to_fence = std::chrono::duration_cast<milliseconds>(FenceTime() - Clock::now());
+  context.set_deadline(std::chrono::system_clock::now() + (idle ? limits::kLongPoll + kPollSlack
+                                                                : std::clamp(to_fence, kFirstBackoff, kBusyDeadline)));
   v1::SynchronizeRequest request = MakeRequest(stopping());
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -244,7 +247,13 @@ void Session::Apply(const v1::SynchronizeResponse& response) {
       attempt->Stop(Attempt::End::kForget);
     }
   }
+  // An answer that was very long on its way brings leases that may be over already; they run out unused.
+  const bool in_time = Clock::now() < FenceTime();
   for (const v1::Lease& lease : response.grants()) {
+    if (!in_time) {
+      spdlog::warn("the lease of {} (job {}) came too late", lease.token().path(), lease.token().job());
+      continue;
+    }
     bool known = std::any_of(attempts_.begin(), attempts_.end(),
                              [&](const auto& attempt) { return SameLease(attempt->token(), lease.token()); });
     if (!known) attempts_.push_back(std::make_unique<Attempt>(context_, lease));
@@ -263,9 +272,12 @@ void Session::HandleFailure(const Status& status) {
   backoff_ = std::min(backoff_ * 2, attempts_.empty() ? kLongestBackoff : interval_);
 }
 
+Session::Clock::time_point Session::FenceTime() const {
+  return last_success_ + lease_ttl_ - std::min(kFenceMargin, lease_ttl_ / 4);
+}
+
 void Session::Fence() {
-  const milliseconds margin = std::min(kFenceMargin, lease_ttl_ / 4);
-  if (attempts_.empty() || Clock::now() < last_success_ + lease_ttl_ - margin) return;
+  if (attempts_.empty() || Clock::now() < FenceTime()) return;
   for (auto& attempt : attempts_) {
     if (attempt->finished()) continue;
     spdlog::warn("no coordinator for {} ms: the lease of {} (job {}) may have run out", lease_ttl_.count(),

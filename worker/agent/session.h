@@ -64,6 +64,8 @@ class Session {
   v1::SynchronizeRequest MakeRequest(bool stopping);
   void Apply(const v1::SynchronizeResponse& response);
   void HandleFailure(const Status& status);
+  // From then on the leases may be over: by the clock of the last request that was answered.
+  Clock::time_point FenceTime() const;
   void Fence();
   void Reap();
   void Drain();

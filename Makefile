@@ -1,5 +1,5 @@
 # The commands that people type. Everything else is CMake (see CMakePresets.json).
-.PHONY: demo test test-malformed fuzz parity bench-model bench-eval bench-quantize install install-model build programs clean
+.PHONY: demo test test-malformed fuzz parity bench-model bench-eval bench-quantize bench-coordinator reliability install install-model build programs clean
 
 PRESET ?= dev
 BUILD := build/$(PRESET)
@@ -50,6 +50,16 @@ bench-eval: install-model programs
 bench-quantize: install-model programs
 	cmake --build $(BUILD) --target refinery_quantize_benchmark refinery_recover_benchmark
 	PYTHONPATH=tests/bench "$$(tests/parity/environment.sh)/bin/python" tests/bench/quantize_bench.py --programs $(BUILD)/bin
+
+# The coordinator under load: durable completions, leases for a thousand workers, restart, watchers; fails where a bound is missed.
+bench-coordinator: $(BUILD)/build.ninja
+	cmake --build $(BUILD) --target refineryd refinery_coordinator_benchmark
+	$(BUILD)/bin/refinery_coordinator_benchmark
+
+# The coordinator's promises with real lease times: 200 kill -9, 20 s away, lost workers, every failpoint, lost blobs, a full disk.
+reliability: $(BUILD)/build.ninja
+	cmake --build $(BUILD) --target refinery_reliability
+	$(BUILD)/bin/refinery_reliability --full
 
 install:
 	deploy/install_dependencies.sh

@@ -175,6 +175,9 @@ void Coordinator::RunTurn(std::vector<Command> commands) {
 
 void Coordinator::GrantLeases(Turn& turn) {
   if (core_->state().queues.empty()) return;
+  // Without a free worker a pass can only take leases back for more urgent tasks: that need not happen in every turn.
+  if (!fleet_.HasFree() && turn.now.steady - scheduled_ < kTick) return;
+  scheduled_ = turn.now.steady;
   const scheduler::Pass pass = scheduler::Schedule(*core_, fleet_.Workers(turn.now.steady), turn.now);
   for (const scheduler::Decision& decision : pass.grants) {
     Poll* poll = fleet_.PollOf(decision.worker);

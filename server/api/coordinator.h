@@ -58,6 +58,10 @@ struct CoordinatorOptions {
   uint64_t exit_after_event = 0;  // for tests: the process ends as if killed after this many committed events; 0 = never
 };
 
+// Settings that only tests change, from the environment: REFINERY_EXIT_AFTER_EVENT, REFINERY_SNAPSHOT_EVERY (events),
+// REFINERY_COLLECT_MS (how often, and the grace), REFINERY_RETENTION_MS. INVALID_ARGUMENT for an unknown REFINERY_FAILPOINT.
+Status ReadTestSettings(CoordinatorOptions* options);
+
 class Coordinator {
  public:
   // What a command may touch. `replies` run after the commit, in order.
@@ -151,6 +155,7 @@ class Coordinator {
   metrics::Metrics metrics_;
   std::vector<std::shared_ptr<Stream>> streams_;
   Milliseconds pumped_all_{-1'000'000};
+  Milliseconds scheduled_{-1'000'000};
   std::deque<std::shared_ptr<const v1::Event>> recent_;  // the end of the log, without a gap
   size_t recent_bytes_ = 0;
   struct ReportRetry {

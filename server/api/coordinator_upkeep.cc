@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "server/api/coordinator.h"
+#include "server/store/failpoint.h"
 #include "server/store/snapshots.h"
 
 namespace refinery::api {
@@ -19,7 +20,22 @@ constexpr size_t kTasksLookedAtATime = 5'000;  // by one step of the collection,
 
 int Percent(double share) { return static_cast<int>(100 * share + 0.5); }
 
+// The number in an environment variable; `otherwise` without it.
+uint64_t NumberOf(const char* variable, uint64_t otherwise) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
+}
+
 }  // namespace
+
+Status ReadTestSettings(CoordinatorOptions* options) {
+  options->exit_after_event = NumberOf("REFINERY_EXIT_AFTER_EVENT", 0);
+  options->snapshot_every = NumberOf("REFINERY_SNAPSHOT_EVERY", options->snapshot_every);
+  options->collect_every = Milliseconds(NumberOf("REFINERY_COLLECT_MS", options->collect_every.count()));
+  options->collect_grace = Milliseconds(NumberOf("REFINERY_COLLECT_MS", options->collect_grace.count()));
+  options->event_retention = Milliseconds(NumberOf("REFINERY_RETENTION_MS", options->event_retention.count()));
+  return store::CheckFailpointSetting();
+}
 
 void Coordinator::AddStream(std::shared_ptr<Stream> stream) {
   if (draining_) stream->Stop();

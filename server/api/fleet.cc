@@ -26,6 +26,8 @@ std::function<void()> Fleet::Open(Poll poll) {
   const auto found = polls_.find(poll.worker);
   if (found != polls_.end()) superseded = std::move(found->second.answer);
   const std::string worker = poll.worker;
+  something_to_say_ |= !poll.response->grants().empty() || !poll.response->cancel().empty();
+  next_deadline_ = polls_.empty() ? poll.deadline : std::min(next_deadline_, poll.deadline);
   polls_.insert_or_assign(worker, std::move(poll));
   return superseded;
 }
@@ -54,7 +56,12 @@ std::vector<scheduler::Worker> Fleet::Workers(Milliseconds now) const {
   return workers;
 }
 
+bool Fleet::HasFree() const {
+  return std::any_of(polls_.begin(), polls_.end(), [](const auto& entry) { return entry.second.free_slots > 0; });
+}
+
 Poll* Fleet::PollOf(const std::string& worker) {
+  something_to_say_ = true;
   const auto found = polls_.find(worker);
   return found == polls_.end() ? nullptr : &found->second;
 }
@@ -69,9 +76,13 @@ void Fleet::Drain(const std::string& worker, bool drain) {
 
 std::vector<Poll> Fleet::Take(Milliseconds now, bool all) {
   std::vector<Poll> taken;
+  if (!all && !something_to_say_ && (polls_.empty() || next_deadline_ > now)) return taken;  // of a thousand, none
+  something_to_say_ = false;
+  next_deadline_ = Milliseconds::max();
   for (auto it = polls_.begin(); it != polls_.end();) {
     const Poll& poll = it->second;
     if (!all && poll.deadline > now && poll.response->grants().empty() && poll.response->cancel().empty()) {
+      next_deadline_ = std::min(next_deadline_, poll.deadline);
       ++it;
       continue;
     }

@@ -45,6 +45,9 @@ class Fleet {
 
   // Those that live, with the room that their polls offer; valid until the next change.
   std::vector<scheduler::Worker> Workers(Milliseconds now) const;
+  // Whether a poll is open that could take a lease.
+  bool HasFree() const;
+  // To add something to its answer.
   Poll* PollOf(const std::string& worker);
   // With `drain` the worker counts as draining, whatever it says of itself; kept also while the worker is away.
   void Drain(const std::string& worker, bool drain);
@@ -69,6 +72,8 @@ class Fleet {
   std::map<std::string, Worker> workers_;
   std::map<std::string, Poll> polls_;  // by worker
   std::set<std::string> drained_;      // by an operator
+  bool something_to_say_ = false;      // a poll may have an answer
+  Milliseconds next_deadline_{0};      // no poll's is earlier
 };
 
 }  // namespace refinery::api

@@ -145,6 +145,7 @@ Status JobServiceImpl::Create(Coordinator::Turn& turn, security::Call& call, con
     response->set_tasks_total(static_cast<uint32_t>(plan.tasks.size()));
     return absl::OkStatus();
   }
+  RF_RETURN_IF_ERROR(coordinator_->CheckDisk(Coordinator::Disk::kOk));
   const StatusOr<std::string> id = turn.core.CreateJob(job, turn.now, &turn.events);
   if (absl::IsAlreadyExists(id.status())) return WithResource(id.status(), "job", job.id);
   if (!id.ok()) return id.status();

@@ -2,6 +2,9 @@
 //
 //   completions   durable task completions per second (leases granted on the way; SQLite, synchronous=FULL)
 //   grants        time from an idle worker's question to its lease, 1,000 workers, 50,000 ready tasks
+//   restart       from the start of the process to its first answer, 104,000 tasks and 1,000,000 events, as far from the last
+//                 snapshot as it gets; after a clean stop and after kill -9
+//   watch         500 watchers of one job, one of which reads 1 kB/s: memory, events, and the slow one's resume
 //
 //   refinery_coordinator_benchmark [--folder DIR] [NAME...]     (make bench-coordinator)
 //
@@ -13,7 +16,9 @@
 #include <cstring>
 
 #include "common/temporary_folder.h"
+#include "common/grpc_status.h"
 #include "tests/bench/coordinator_fleet.h"
+#include "tests/bench/coordinator_load.h"
 
 namespace refinery::bench {
 namespace {
@@ -35,6 +40,8 @@ class Benchmark {
 
   void Completions();
   void Grants();
+  void Restart();
+  void Watch();
   bool ok() const { return ok_; }
 
  private:
@@ -124,6 +131,74 @@ void Benchmark::Grants() {
   Print({"  cores that the coordinator used", cores, ""});
 }
 
+void Benchmark::Restart() {
+  const std::filesystem::path state = folder_ / "restart";
+  const LongLog log = MakeLongLog(state, {.jobs = kJobs, .shards = kShards, .events = 1'000'000, .after_snapshot = 99'000});
+  double clean = 0, killed = 0;
+  {
+    Daemon daemon(state);
+    clean = daemon.seconds_to_serving();
+    daemon.Kill();
+  }
+  for (int i = 0; i < 3; ++i) {
+    Daemon daemon(state);
+    killed = std::max(killed, daemon.seconds_to_serving());
+    const auto stub = v1::JobService::NewStub(daemon.Connect());
+    grpc::ClientContext context;
+    v1::GetJobRequest request;
+    request.set_id(log.last_job);
+    v1::Job job;
+    Must(FromGrpc(stub->GetJob(&context, request, &job)), "asking for the last job");
+    if (job.tasks_done() != log.last_job_done) Must(Internal("the last job has ", job.tasks_done(), " done"), "restart");
+    daemon.Kill();
+  }
+  Print({"restart to serving, after a clean stop", clean, "s", "< 2", clean < 2});
+  Print({"restart to serving, after kill -9 (worst of 3)", killed, "s", "< 2", killed < 2});
+  Print({"  tasks", static_cast<double>(log.tasks), ""});
+  Print({"  events", static_cast<double>(log.events), ""});
+}
+
+void Benchmark::Watch() {
+  constexpr int kWatchers = 499, kTasks = 400;
+  Daemon daemon(folder_ / "watch");
+  const std::shared_ptr<grpc::Channel> channel = daemon.Connect();
+  const std::string output = UploadOutput(channel);
+  const std::string job = SubmitJobs(daemon, 1, kTasks, output).front();
+  Sleep(0.5);
+  const double before = daemon.ResidentMib();
+  std::vector<std::unique_ptr<Watcher>> watchers;
+  std::vector<std::shared_ptr<grpc::Channel>> channels;
+  for (int i = 0; i < 50; ++i) channels.push_back(daemon.Connect());
+  for (int i = 0; i < kWatchers; ++i) watchers.push_back(std::make_unique<Watcher>(channels[i % channels.size()], job));
+  SlowWatcher slow(daemon.Connect(), job, 1000);
+  double peak = before;
+  for (int task = 0; task < kTasks; ++task) {
+    PlayOne(channel, output);
+    peak = std::max(peak, daemon.ResidentMib());
+    Sleep(0.02);
+  }
+  const std::vector<uint64_t> all = EventsOf(channel, job, 0);  // what a reader sees who comes now
+  const Clock::time_point limit = Clock::now() + std::chrono::seconds(60);
+  size_t complete = 0;
+  while (complete < watchers.size() && Clock::now() < limit) {
+    complete = static_cast<size_t>(std::count_if(watchers.begin(), watchers.end(), [&](const auto& w) { return w->Seen() == all; }));
+    peak = std::max(peak, daemon.ResidentMib());
+    Sleep(0.1);
+  }
+  std::vector<uint64_t> slowly = slow.Stop();
+  const size_t cut = slowly.size();
+  for (const uint64_t seq : EventsOf(channel, job, slowly.empty() ? 0 : slowly.back())) slowly.push_back(seq);
+  for (const auto& watcher : watchers) watcher->Cancel();
+  daemon.Kill();
+  const double growth = peak - before;
+  Print({"watch: growth with 500 watchers", growth, "MiB", "< 64", growth < 64});
+  Print({"watch: watchers that saw every event once", static_cast<double>(complete), "", "= 499", complete == kWatchers});
+  Print({"watch: the slow one, events after its resume", static_cast<double>(slowly.size()), "", "= all",
+         slowly == all && cut < all.size()});
+  Print({"  of them before its resume", static_cast<double>(cut), ""});
+  Print({"  events", static_cast<double>(all.size()), ""});
+}
+
 int Main(int argc, char** argv) {
   std::filesystem::path folder;
   std::vector<std::string> names;
@@ -137,7 +212,9 @@ int Main(int argc, char** argv) {
   const TemporaryFolder temporary = Must(TemporaryFolder::Make("refinery-bench"), "making a folder");
   Benchmark benchmark(folder.empty() ? std::filesystem::path(temporary.path()) : folder);
   const std::vector<std::pair<std::string, void (Benchmark::*)()>> all = {{"completions", &Benchmark::Completions},
-                                                                          {"grants", &Benchmark::Grants}};
+                                                                          {"grants", &Benchmark::Grants},
+                                                                          {"restart", &Benchmark::Restart},
+                                                                          {"watch", &Benchmark::Watch}};
   for (const auto& [name, run] : all) {
     if (names.empty() || std::find(names.begin(), names.end(), name) != names.end()) (benchmark.*run)();
   }

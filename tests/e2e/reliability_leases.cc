@@ -1,0 +1,163 @@
+// Leases: a coordinator that goes away, workers that are lost, commits that come too late.
+
+#include <signal.h>
+
+#include "common/grpc_status.h"
+#include "tests/e2e/reliability.h"
+#include "tests/server/api/fake_worker.h"
+#include "tests/support/fault_proxy.h"
+
+namespace refinery::reliability {
+namespace {
+
+using testing::FaultProxy;
+
+std::vector<std::string> TtlFlags(const Settings& settings) {
+  return {"--lease-ttl-ms", Join(settings.lease_ttl.count())};
+}
+
+bool IsLeased(const v1::Task& task) { return task.state() == v1::Task::LEASED; }
+bool IsDone(const v1::Task& task) { return task.state() == v1::Task::DONE; }
+
+enum class Fault { kKilled, kStopped, kCutOff, kConnectionsRefused };
+
+// One worker with a task is lost in the way of `fault`; seconds until another one has the task.
+StatusOr<double> SecondsToNextLease(const Settings& settings, Fault fault, const std::string& name) {
+  const std::filesystem::path folder = settings.folder / name;
+  Coordinator coordinator({.state = folder / "state", .flags = TtlFlags(settings)});
+  const auto channel = coordinator.Connect();
+  FaultProxy proxy(coordinator.port());
+  RF_ASSIGN_OR_RETURN(const std::string job, Submit(channel, Recipe("sleep:600", 1, 1), name));
+  const auto first = StartWorker(proxy.address(), folder / "first", "first", 1);
+  RF_RETURN_IF_ERROR(Await(channel, job, "import/student", IsLeased, 20).status());
+  const auto second = StartWorker(coordinator.address(), folder / "second", "second", 1);
+  Sleep(1);  // it polls, and the first one has renewed
+
+  const Clock::time_point start = Clock::now();
+  switch (fault) {
+    case Fault::kKilled: first->Signal(SIGKILL); break;
+    case Fault::kStopped: kill(first->pid(), SIGSTOP); break;
+    case Fault::kCutOff: proxy.set_mode(FaultProxy::Mode::kBlackhole); break;
+    case Fault::kConnectionsRefused:
+      proxy.set_mode(FaultProxy::Mode::kRefuse);
+      proxy.Cut();
+      break;
+  }
+  const double limit = static_cast<double>(settings.lease_ttl.count()) / 1000 + 30;
+  RF_RETURN_IF_ERROR(Await(channel, job, "import/student", [](const v1::Task& task) {
+    return IsLeased(task) && task.worker() == "second";
+  }, limit).status());
+  const double seconds = SecondsSince(start);
+  // The first one comes back and must not take anything away from the second.
+  if (fault == Fault::kStopped) kill(first->pid(), SIGCONT);
+  proxy.set_mode(FaultProxy::Mode::kPass);
+  Sleep(1.5);
+  RF_ASSIGN_OR_RETURN(const v1::Task after, Await(channel, job, "import/student", IsLeased, 1));
+  if (after.worker() != "second" || after.attempt() != 2) {
+    return Internal("the lost worker's return changed the task: ", after.ShortDebugString());
+  }
+  return seconds;
+}
+
+}  // namespace
+
+// Goal: a coordinator that is away for less than a lease costs no attempt.  Method: tasks sleep over its absence (SIGKILL, later a
+// new process on the same address); each must end in its first attempt.
+void Away(const Settings& settings, Checks& checks) {
+  constexpr int kTasks = 4;
+  const std::filesystem::path folder = settings.folder / "away";
+  // In the quick form longer than elsewhere: a worker gives up a quarter of it early, and asks again within a quarter of it.
+  const Milliseconds ttl = std::max(settings.lease_ttl, Milliseconds(5'000));
+  Coordinator coordinator({.state = folder / "state", .flags = {"--lease-ttl-ms", Join(ttl.count())}});
+  const auto channel = coordinator.Connect();
+  const double task_seconds = settings.away_seconds * 1.5 + 2;
+  std::vector<std::string> jobs;
+  for (int i = 0; i < kTasks; ++i) {
+    const auto job = Submit(channel, Recipe(Join("sleep:", task_seconds), 1, i), Join("away-", i));
+    if (!job.ok()) return checks.Row("away: " + Message(job.status()), 0, "", "", false);
+    jobs.push_back(*job);
+  }
+  const auto worker = StartWorker(coordinator.address(), folder / "worker", "w", kTasks);
+  for (const std::string& job : jobs) (void)Await(channel, job, "import/student", IsLeased, 20);
+  coordinator.Kill();
+  Sleep(settings.away_seconds);
+  coordinator.Start();
+  int restarted = 0, done = 0;
+  for (const std::string& job : jobs) {
+    const auto task = Await(channel, job, "import/student", IsDone, task_seconds + 60);
+    if (!task.ok()) continue;
+    ++done;
+    restarted += task->attempt() > 1;
+  }
+  checks.Row(Join("coordinator away ", settings.away_seconds, " s: attempts that were started again"), restarted, "", "= 0",
+             restarted == 0 && done == kTasks);
+}
+
+// Goal: a lost worker's task is leased again within a lease's life and five seconds.
+void LostWorkers(const Settings& settings, Checks& checks) {
+  const double bound = static_cast<double>(settings.lease_ttl.count()) / 1000 + 5;
+  const std::vector<std::pair<Fault, std::string>> faults = {{Fault::kKilled, "killed"},
+                                                             {Fault::kStopped, "stopped"},
+                                                             {Fault::kCutOff, "cut_off"},
+                                                             {Fault::kConnectionsRefused, "connections_refused"}};
+  std::vector<std::thread> threads;  // they mostly wait
+  for (const auto& fault : faults) {
+    threads.emplace_back([&, fault] {
+      const auto seconds = SecondsToNextLease(settings, fault.first, fault.second);
+      const std::string name = Join("worker ", fault.second, ": its task is leased again after");
+      if (!seconds.ok()) return checks.Row(name + ": " + Message(seconds.status()), 0, "s", "", false);
+      checks.Row(name, *seconds, "s", Join("<= ", bound), *seconds <= bound);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Goal: whoever has lost a lease commits nothing.  Method: one worker takes leases and falls silent, another takes the tasks over;
+// the first one then tries to commit a checkpoint and a result for each, before and after the second has completed it.
+void StaleCommits(const Settings& settings, Checks& checks) {
+  constexpr int kTasks = 40;
+  Coordinator coordinator({.state = settings.folder / "stale", .flags = {"--lease-ttl-ms", "500"}});
+  const auto channel = coordinator.Connect();
+  const auto fail = [&](const Status& status) { checks.Row("late commits: " + Message(status), 0, "", "", false); };
+  const auto job = Submit(channel, Recipe("x", kTasks, 1), "stale");
+  if (!job.ok()) return fail(job.status());
+  testing::FakeWorker slow(channel, "slow"), fast(channel, "fast");
+  const auto import = slow.Next();
+  if (!import.ok()) return fail(import.status());
+  if (const Status status = slow.Run(*import); !status.ok()) return fail(status);
+  const auto old = slow.Synchronize(slow.Request({}, kTasks));
+  if (!old.ok() || old->grants_size() != kTasks) return fail(Internal("the first worker got no ", kTasks, " leases"));
+  const auto stub = v1::WorkerService::NewStub(channel);
+  int refused = 0, tried = 0;
+  const auto try_late = [&](const v1::Lease& lease) {
+    const auto request = slow.MakeSuccess(lease);
+    if (!request.ok()) return;
+    tried += 2;
+    refused += absl::IsAborted(slow.Complete(*request));
+    v1::CommitCheckpointRequest checkpoint;
+    *checkpoint.mutable_lease() = lease.token();
+    checkpoint.set_step(7);
+    *checkpoint.mutable_checkpoint() = request->success().output();
+    v1::CommitCheckpointResponse response;
+    grpc::ClientContext context;
+    refused += absl::IsAborted(FromGrpc(stub->CommitCheckpoint(&context, checkpoint, &response)));
+  };
+  int taken_over = 0;
+  const Clock::time_point start = Clock::now();
+  while (taken_over < kTasks && SecondsSince(start) < 30) {
+    const auto lease = fast.Next(1'500);
+    if (!lease.ok() || lease->token().job().empty()) continue;
+    ++taken_over;
+    const auto stale = std::find_if(old->grants().begin(), old->grants().end(), [&](const v1::Lease& other) {
+      return other.token().path() == lease->token().path();
+    });
+    if (stale == old->grants().end()) continue;
+    try_late(*stale);
+    if (const Status status = fast.Run(*lease); !status.ok()) return fail(status);
+    try_late(*stale);
+  }
+  checks.Row("commits of lost leases that were refused", tried == 0 ? 0 : 100.0 * refused / tried, "%", "= 100",
+             tried == 4 * kTasks && refused == tried);
+}
+
+}  // namespace refinery::reliability

@@ -1,5 +1,5 @@
 # The commands that people type. Everything else is CMake (see CMakePresets.json).
-.PHONY: demo test test-malformed fuzz parity bench-model bench-eval bench-quantize bench-coordinator reliability install install-model build programs clean
+.PHONY: demo test simulate test-malformed fuzz parity bench-model bench-eval bench-quantize bench-coordinator reliability install install-model build programs clean
 
 PRESET ?= dev
 BUILD := build/$(PRESET)
@@ -23,6 +23,12 @@ test-malformed:
 	cmake --preset asan
 	cmake --build build/asan --target fuzz_replays
 	ctest --test-dir build/asan -L fuzz --output-on-failure --no-tests=error -j1
+
+# The coordinator's core under a simulated fleet, as many seeds as wanted (docs/simulation.md).
+SEEDS ?= 1..100000
+simulate: $(BUILD)/build.ninja
+	cmake --build $(BUILD) --target refinery_simulation
+	$(BUILD)/bin/refinery_simulation --seeds $(SEEDS)
 
 # libFuzzer without end on one format: make fuzz FORMAT=gguf (safetensors, tokenizer, template, model_folder, peft, table).
 FORMAT ?= gguf

@@ -39,8 +39,8 @@ struct CoreOptions {
   std::chrono::milliseconds lease_ttl = limits::kLeaseTtl;
   std::chrono::milliseconds retry_backoff{1'000};  // before the second attempt; doubled for each further one
   std::chrono::milliseconds pause_grace{60'000};   // that a pause gives running attempts to reach a checkpoint
-  // An attempt that moved before and then makes no progress for this long, and for ten times its slowest step, is given up; one
-  // that never moved after twelve times as long. 0 = never.
+  // An attempt that moved in its phase and then makes no progress for this long, and for ten times its slowest step, is given up;
+  // one that has not moved in its phase after twelve times as long. 0 = never.
   std::chrono::milliseconds stall_timeout{300'000};
   std::string code_version;                        // part of every task's identity
   // Whether every blob of an artifact is in the store; a cached result without its bytes is of no use.

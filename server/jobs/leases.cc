@@ -15,7 +15,8 @@ using std::chrono::milliseconds;
 constexpr milliseconds kNever = milliseconds::max();
 constexpr size_t kOldLives = 8;         // incarnations of a worker that are remembered
 constexpr int kSlowerThanSlowest = 10;  // times, before an attempt counts as stalled
-constexpr int kFirstStep = 12;          // times options.stall_timeout, for an attempt that has not moved yet
+constexpr int kFirstStep = 12;          // times options.stall_timeout, for a phase that has not moved yet
+constexpr size_t kMaxLives = 20'000;    // workers whose incarnations are remembered
 constexpr milliseconds kBudgetCheck{1'000};
 
 bool HasMoved(const v1::TaskProgress& a, const v1::TaskProgress& b) {
@@ -31,6 +32,7 @@ void Core::Hold(TaskState& task, const Now& now) {
 }
 
 bool Core::IsOldLife(const std::string& worker, const std::string& incarnation) {
+  if (lives_.size() > kMaxLives) lives_.clear();  // then late messages of earlier lives may cost a lease, nothing worse
   Life& life = lives_[worker];
   if (life.incarnation == incarnation) return false;
   if (std::find(life.old.begin(), life.old.end(), incarnation) != life.old.end()) return true;
@@ -73,8 +75,9 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
 
 void Core::TakeProgress(TaskState& task, const v1::TaskProgress& progress, const Now& now) {
   if (HasMoved(task.progress, progress)) {
+    // What one phase needs for a step says nothing of the next: an upload may show nothing for long.
     const bool same_phase = task.progress.phase() == progress.phase();
-    if (same_phase) task.slowest_step = std::max({task.slowest_step, now.steady - task.moved, milliseconds(1)});
+    task.slowest_step = same_phase ? std::max({task.slowest_step, now.steady - task.moved, milliseconds(1)}) : milliseconds(0);
     task.moved = now.steady;
   }
   task.progress = progress;

@@ -79,6 +79,7 @@ Status Core::RetryJob(const std::string& id, const std::string& reason, const No
   v1::Event event;
   event.mutable_job_retried()->set_reason(Cut(reason));
   Emit(full_id, std::move(event), now, events);
+  for (TaskState& task : Job(full_id).tasks) task.not_before = now.steady;  // the user waits, no need for a pause
   Advance(full_id, now, events);
   return absl::OkStatus();
 }

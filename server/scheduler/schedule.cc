@@ -80,7 +80,10 @@ struct Line {
 class Scheduler {
  public:
   Scheduler(const jobs::Core& core, const std::vector<Worker>& workers, const jobs::Now& now, const ScheduleOptions& options)
-      : core_(core), state_(core.state()), now_(now), options_(options), usage_(UsageOf(core.state())) {
+      : core_(core), state_(core.state()), now_(now), options_(options) {
+    const bool one_tenant = std::all_of(state_.queues.begin(), state_.queues.end(),
+                                        [](const auto& level) { return level.second.size() == 1; });
+    if (!one_tenant || !state_.tenants.empty()) usage_ = UsageOf(state_);  // else nothing depends on it
     for (const Worker& worker : workers) {
       if (!worker.draining) places_.push_back({.worker = &worker, .free = worker.free_slots});
     }
@@ -100,7 +103,7 @@ class Scheduler {
       if (free_.empty() || pass_.grants.size() >= options_.max_grants) break;
       RunLevel(tenants);
     }
-    if (!state_.queues.empty() && !state_.leases.empty()) Preempt();
+    if (MayPreempt()) Preempt();
     return std::move(pass_);
   }
 
@@ -316,6 +319,14 @@ class Scheduler {
     places_[i].used.memory_bytes -= needs.memory_bytes();
   }
 
+  // Whether a job of lower priority than one that waits may hold leases at all.
+  bool MayPreempt() const {
+    if (state_.queues.empty() || state_.leases.empty()) return false;
+    return std::any_of(state_.active.begin(), state_.active.end(), [&](const JobKey& key) {
+      const JobState& job = state_.jobs.at(key.second);
+      return job.priority() < state_.queues.begin()->first && !job.leased.empty();
+    });
+  }
   // Takes leases back for the tasks of the highest priority that could not be placed.
   void Preempt();
   size_t Wanted(int32_t priority, std::vector<const v1::Requirements*>* needs) const;

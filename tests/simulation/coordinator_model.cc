@@ -45,7 +45,8 @@ void CoordinatorModel::Start() {
   if (core_ != nullptr) return;
   ++life_;
   ++result_->restarts;
-  paused_ = committing_ = turn_planned_ = false;
+  paused_ = committing_ = false;
+  turn_at_ = -1;
   steady_offset_ = disk_random_.Between(0, 1'000'000'000);
   auto core = std::make_unique<jobs::Core>(MakeCoreOptions());
   if (!snapshot_.empty()) {
@@ -133,15 +134,17 @@ bool CoordinatorModel::Deliver(Command command) {
 }
 
 void CoordinatorModel::ScheduleTurn(Time delay) {
-  if (turn_planned_ && delay > 0) return;
-  turn_planned_ = true;
-  Later(delay, [this] {
-    if (!committing_) RunTurn();
+  const Time at = queue_->now() + delay;
+  if (turn_at_ >= 0 && turn_at_ <= at) return;
+  turn_at_ = at;
+  Later(delay, [this, at] {
+    if (committing_ || turn_at_ != at) return;
+    turn_at_ = -1;
+    RunTurn();
   });
 }
 
 void CoordinatorModel::RunTurn() {
-  turn_planned_ = false;
   last_turn_ = queue_->now();
   Turn turn{.core = *core_, .now = Clocks()};
   std::vector<Command> commands;
@@ -248,7 +251,7 @@ void CoordinatorModel::EndCommit(const std::vector<std::function<void()>>& repli
   for (const auto& reply : replies) reply();
   MaybeCompact();
   const bool waiting = !inbox_.empty();
-  turn_planned_ = false;
+  turn_at_ = -1;
   ScheduleTurn(waiting ? std::max<Time>(0, last_turn_ + settings_.least_turn - queue_->now()) : settings_.tick);
 }
 

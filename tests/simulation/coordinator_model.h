@@ -112,7 +112,7 @@ class CoordinatorModel {
   bool paused_ = false;
   bool committing_ = false;
   bool disk_full_ = false;
-  bool turn_planned_ = false;
+  Time turn_at_ = -1;        // of the next turn; -1 = none is planned
   Time extra_fsync_ = 0;
   Time last_turn_ = -1'000'000;
   int64_t unix_jump_ = 0;

@@ -71,7 +71,7 @@ int Main(int argc, char** argv) {
   Result total;
   const auto start = std::chrono::steady_clock::now();
   for (options.seed = first; options.seed <= last; ++options.seed) {
-    const Result result = Run(options);
+    const Result result = Simulate(options);
     Add(result, &total);
     if (result.ok) continue;
     std::cout << "seed " << options.seed << " at " << result.time << " ms: " << result.failure << "\n";

@@ -81,7 +81,7 @@ struct Result {
 };
 
 // One run. Returns at the first broken invariant.
-Result Run(const SimulationOptions& options);
+Result Simulate(const SimulationOptions& options);
 
 // The smallest options found that still break the same invariant.
 SimulationOptions Shrink(const SimulationOptions& options, const Result& failed);

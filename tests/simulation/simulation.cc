@@ -1,4 +1,4 @@
-// Run, Shrink and the texts of tests/simulation/options.h.
+// Simulate, Shrink and the texts of tests/simulation/options.h.
 
 #include <algorithm>
 #include <numeric>
@@ -24,7 +24,7 @@ std::string Kind(const std::string& failure) {
 }
 
 bool FailsAlike(const SimulationOptions& options, const Result& failed, Result* result) {
-  *result = Run(options);
+  *result = Simulate(options);
   return !result->ok && Kind(result->failure) == Kind(failed.failure);
 }
 
@@ -37,7 +37,7 @@ std::string FaultName(uint32_t kind) {
   return "none";
 }
 
-Result Run(const SimulationOptions& options) { return World(options).Run(); }
+Result Simulate(const SimulationOptions& options) { return World(options).Run(); }
 
 SimulationOptions Shrink(const SimulationOptions& options, const Result& failed) {
   SimulationOptions best = options;

@@ -133,11 +133,13 @@ Time WorkerModel::FenceTime() const {
 
 void WorkerModel::Fence() {
   if (world_->options.mutations.no_fence || world_->queue.now() < FenceTime()) return;
-  std::vector<std::string> over;
+  std::vector<std::string> over, finished;
   for (const auto& [key, attempt] : attempts_) {
-    if (!attempt.ended) over.push_back(key);  // a finished one may still be reported: the coordinator decides
+    if (attempt.ended) continue;  // it may still be reported: the coordinator decides
+    (attempt.steps + 1 >= attempt.total && attempt.hangs_at < 0 ? finished : over).push_back(key);
   }
   for (const std::string& key : over) Drop(key);
+  for (const std::string& key : finished) Finish(key);  // its task ended just before
 }
 
 void WorkerModel::Drop(const std::string& key) {

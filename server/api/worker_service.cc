@@ -91,7 +91,8 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
     // Often enough that two lost calls in a row do not cost the lease.
     response->set_next_synchronize_ms(
         static_cast<uint32_t>(std::min(limits::kSynchronizeInterval, options.lease_ttl / 4).count()));
-    const bool is_idle = request->running().empty();
+    // A worker that has nothing and wants nothing only asks whether we are there.
+    const bool is_idle = request->running().empty() && (request->free_slots() > 0 || request->worker().state() == "draining");
     const Milliseconds wait = is_idle ? std::max(Milliseconds{0}, std::min(options.long_poll, left)) : Milliseconds{0};
     const auto superseded = coordinator_->fleet().Open({.worker = request->worker().id(),
                                                         .incarnation = request->incarnation(),

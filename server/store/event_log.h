@@ -9,7 +9,8 @@
 //
 // Profile: WAL, synchronous=FULL, so Append returns only once the events are on disk. SQLite 3.40 can corrupt a WAL when one
 // connection checkpoints while another commits; therefore this object's connection does all commits and checkpoints; the
-// functions beside it open the file read-only and do neither. A lock file (flock) keeps a second coordinator out; it vanishes with the process, however that ends.
+// functions beside it open the file read-only and do neither. A lock file (flock) keeps a second coordinator out; it vanishes
+// with the process, however that ends.
 //
 // Errors: UNAVAILABLE when another process holds the folder; DATA_LOSS when the database is damaged or was written by a newer
 // version; RESOURCE_EXHAUSTED on a full disk.

@@ -250,7 +250,8 @@ int Main(int argc, char** argv) {
   settings.folder = folder->path();
   Checks checks;
   const std::vector<std::pair<std::string, void (*)(const Settings&, Checks&)>> all = {
-      {"kills", Kills},           {"away", Away},          {"lost_workers", LostWorkers}, {"stale_commits", StaleCommits},
+      {"kills", Kills},           {"away", Away},          {"lost_workers", LostWorkers}, {"bad_network", BadNetwork},
+      {"stale_commits", StaleCommits},
       {"failpoints", Failpoints}, {"blob_loss", BlobLoss}, {"small_disk", SmallDisk}};
   for (const auto& [name, run] : all) {
     if (names.empty() || std::find(names.begin(), names.end(), name) != names.end()) run(settings, checks);

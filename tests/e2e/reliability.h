@@ -121,6 +121,7 @@ std::map<std::string, std::string> OutputsOf(const v1::Job& job);
 void Kills(const Settings& settings, Checks& checks);
 void Away(const Settings& settings, Checks& checks);
 void LostWorkers(const Settings& settings, Checks& checks);
+void BadNetwork(const Settings& settings, Checks& checks);
 void StaleCommits(const Settings& settings, Checks& checks);
 void Failpoints(const Settings& settings, Checks& checks);
 void BlobLoss(const Settings& settings, Checks& checks);

@@ -144,7 +144,7 @@ void Kills(const Settings& settings, Checks& checks) {
       const uint64_t before = ledger.mutations;
       const Clock::time_point limit = Clock::now() + std::chrono::seconds(5);
       while (ledger.mutations < before + 5 && Clock::now() < limit) Sleep(0.002);
-      Sleep(std::uniform_real_distribution<double>(0, settings.full ? 1.0 : 0.3)(random));
+      Sleep(std::uniform_real_distribution<double>(0, settings.full ? 0.5 : 0.3)(random));
       coordinator.Kill();
       const Clock::time_point start = Clock::now();
       coordinator.Start();

@@ -175,7 +175,9 @@ void SmallDisk(const Settings& settings, Checks& checks) {
   if (!job.ok()) return fail(job.status());
   Status refused;
   int uploads = 0;
-  for (; refused.ok() && uploads < 100; ++uploads) refused = UploadText(channel, std::string(300'000, static_cast<char>('a' + uploads % 26)) + Join(uploads)).status();
+  for (; refused.ok() && uploads < 100; ++uploads) {
+    refused = UploadText(channel, Join(uploads, std::string(300'000, 'x'))).status();
+  }
   const bool full = absl::IsResourceExhausted(refused) && Message(refused).find("free space") != std::string::npos;
   std::ofstream ballast(disk / "ballast", std::ios::binary);
   ballast << std::string(8 << 20, 'x');  // as much as fits

@@ -231,7 +231,9 @@ v1::SynchronizeRequest Session::MakeRequest(bool stopping) {
     request.mutable_worker()->add_running(Join(attempt->token().job(), "/", attempt->token().path()));
   }
   uint32_t running = static_cast<uint32_t>(attempts_.size());
-  request.set_free_slots(stopping || running >= options_.slots ? 0 : options_.slots - running);
+  // After a failed call the answers may be what is lost: a lease that nobody hears of would hold its task up for a lease's life.
+  const bool answers_arrive = connected_ || !ever_connected_;
+  request.set_free_slots(stopping || !answers_arrive || running >= options_.slots ? 0 : options_.slots - running);
   return request;
 }
 

@@ -14,6 +14,7 @@
 #include "server/api/visible.h"
 #include "server/api/watch.h"
 #include "server/jobs/policy.h"
+#include "server/scheduler/schedule.h"
 #include "server/store/artifacts.h"
 
 namespace refinery::api {
@@ -109,6 +110,23 @@ Status CheckRetry(const jobs::State& state, const jobs::JobState& job) {
 }
 Status CheckNothing(const jobs::State&, const jobs::JobState&) { return absl::OkStatus(); }
 
+// Why the first tasks that wait do so: the scheduler and the fleet know more than the state of the job alone.
+void ExplainWaits(Coordinator& coordinator, const jobs::JobState& job, const jobs::Now& now, v1::Job* shown) {
+  constexpr int kMaxExplained = 200;
+  if (jobs::IsTerminal(job.state)) return;
+  const std::vector<scheduler::Worker> workers = coordinator.fleet().Workers(now.steady);
+  int explained = 0;
+  for (int i = 0; i < shown->tasks_size() && explained < kMaxExplained; ++i) {
+    v1::Task* task = shown->mutable_tasks(i);
+    if (task->state() != v1::Task::READY && task->state() != v1::Task::BLOCKED) continue;
+    const scheduler::Wait wait = scheduler::Explain(coordinator.core(), job, static_cast<size_t>(i), workers, now);
+    if (wait.reason == v1::WAIT_REASON_UNSPECIFIED) continue;
+    task->set_reason_code(v1::WaitReason_Name(wait.reason));
+    task->set_why(wait.text);
+    ++explained;
+  }
+}
+
 template <typename Request>
 Request WithoutId(const Request& request) {
   Request content = request;
@@ -167,10 +185,11 @@ grpc::ServerUnaryReactor* JobServiceImpl::CreateJob(grpc::CallbackServerContext*
 grpc::ServerUnaryReactor* JobServiceImpl::GetJob(grpc::CallbackServerContext* context, const v1::GetJobRequest* request,
                                                  v1::Job* response) {
   return Answer(coordinator_, gate_, context, "/refinery.v1.JobService/GetJob",
-                [request, response](Coordinator::Turn& turn, security::Call& call) -> Status {
+                [this, request, response](Coordinator::Turn& turn, security::Call& call) -> Status {
                   RF_ASSIGN_OR_RETURN(const jobs::JobState* job,
                                       FindJob(turn.core.state(), call.principal(), request->id()));
                   *response = ShowJob(*job, true, turn.now);
+                  ExplainWaits(*coordinator_, *job, turn.now, response);
                   return absl::OkStatus();
                 });
 }

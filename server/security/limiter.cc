@@ -1,7 +1,6 @@
 #include "server/security/limiter.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/error_details.h"
 
@@ -10,6 +9,7 @@ namespace {
 
 constexpr std::chrono::milliseconds kBusyRetry{1'000};
 constexpr std::chrono::seconds kClean{60};
+constexpr int64_t kCall = 1'000'000'000;  // the credit of one
 
 }  // namespace
 
@@ -17,8 +17,8 @@ Status Limiter::Begin(const std::string& caller, Clock::time_point now) {
   if (limits_.rate_per_second == 0 && limits_.concurrent_calls == 0) return absl::OkStatus();
   std::lock_guard lock(mutex_);
   ForgetQuietOnes(now);
-  const double rate = limits_.rate_per_second, burst = 2 * rate;
-  const auto [it, is_new] = callers_.try_emplace(caller, Caller{.tokens = burst, .filled = now});
+  const int64_t rate = limits_.rate_per_second, burst = 2 * rate * kCall;
+  const auto [it, is_new] = callers_.try_emplace(caller, Caller{.credit = burst, .filled = now});
   Caller& state = it->second;
   if (limits_.concurrent_calls > 0 && state.running >= limits_.concurrent_calls) {
     return WithRetryAfter(WithReason(ResourceExhausted(caller, " has ", state.running, " calls running; at most ",
@@ -27,17 +27,18 @@ Status Limiter::Begin(const std::string& caller, Clock::time_point now) {
                           kBusyRetry);
   }
   if (rate > 0) {
-    const double elapsed = std::max(0.0, std::chrono::duration<double>(now - state.filled).count());
-    state.tokens = std::min(burst, state.tokens + elapsed * rate);
+    // Two seconds fill the bucket; more would only overflow the product.
+    const std::chrono::nanoseconds elapsed = std::clamp<std::chrono::nanoseconds>(now - state.filled, {}, std::chrono::seconds(2));
+    state.credit = std::min(burst, state.credit + elapsed.count() * rate);
     state.filled = now;
-    if (state.tokens < 1) {
-      const auto wait = std::chrono::milliseconds(static_cast<int64_t>(std::ceil((1 - state.tokens) / rate * 1000)));
+    if (state.credit < kCall) {
+      const auto wait = std::chrono::ceil<std::chrono::milliseconds>(std::chrono::nanoseconds((kCall - state.credit + rate - 1) / rate));
       return WithRetryAfter(WithReason(ResourceExhausted(caller, " makes more than ", limits_.rate_per_second,
                                                          " calls a second (rate_per_second)"),
                                        "RATE_LIMITED"),
                             wait);
     }
-    state.tokens -= 1;
+    state.credit -= kCall;
   }
   ++state.running;
   return absl::OkStatus();

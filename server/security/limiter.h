@@ -35,7 +35,7 @@ class Limiter {
 
  private:
   struct Caller {
-    double tokens = 0;
+    int64_t credit = 0;  // in billionths of a call, so that nothing is lost to rounding
     Clock::time_point filled;
     uint32_t running = 0;
   };

@@ -32,6 +32,7 @@ Status Core::Restore(std::string_view snapshot) {
 
 void Core::StartGrace(const Now& now, Events* events) {
   last_tick_ = now.steady;
+  lives_known_from_ = now.steady + 2 * options_.lease_ttl;  // no call is on its way for longer
   for (const auto& [id, i] : state_.leases) {
     JobState& job = Job(id);
     if (!options_.mutations.no_grace) Hold(job.tasks[i], now);

@@ -176,6 +176,7 @@ class Core {
   std::chrono::milliseconds budgets_checked_{0};
   uint64_t progress_version_ = 0;
   uint64_t stale_commits_ = 0;
+  std::chrono::milliseconds lives_known_from_{0};            // before, an unknown incarnation may be an old one
 };
 
 }  // namespace refinery::jobs

@@ -96,6 +96,7 @@ void Core::CheckMissing(const v1::SynchronizeRequest& request, const std::set<Le
     TaskState& task = job.tasks[key.second];
     if (alive.contains(key) || task.state != v1::Task::LEASED) continue;
     if (task.incarnation != request.incarnation()) {
+      if (now.steady < lives_known_from_) continue;  // it may be a message of an earlier life: the lease runs out by itself
       EmitExpired(job, key.second, v1::LeaseExpired::RESTARTED, Join("worker ", worker, " was restarted"), now, events);
     } else if (job.state == v1::Job::CANCELLING) {
       EmitExpired(job, key.second, v1::LeaseExpired::DROPPED, "stopped, because the job is being cancelled", now, events);

@@ -41,10 +41,10 @@ struct Bug {
 };
 class PlantedBugTest : public ::testing::TestWithParam<Bug> {};
 
-// Goal: the simulation finds bugs.  Method: one is planted; some seed of the first 100 must break an invariant, and still does
+// Goal: the simulation finds bugs.  Method: one is planted; some seed of the first 300 must break an invariant, and still does
 // after shrinking, with no more of anything.
 TEST_P(PlantedBugTest, IsFound) {
-  for (uint64_t seed = 1; seed <= 100; ++seed) {
+  for (uint64_t seed = 1; seed <= 300; ++seed) {
     SimulationOptions options{.seed = seed};
     options.mutations = GetParam().mutations;
     const Result result = Simulate(options);
@@ -57,7 +57,7 @@ TEST_P(PlantedBugTest, IsFound) {
     std::cout << GetParam().name << ": found at seed " << seed << ": " << repeated.failure << "\n  " << CommandOf(smaller) << "\n";
     return;
   }
-  FAIL() << "100 seeds did not find it";
+  FAIL() << "300 seeds did not find it";
 }
 INSTANTIATE_TEST_SUITE_P(Bugs, PlantedBugTest,
                          ::testing::Values(Bug{"EpochIgnored", {.core = {.ignore_epoch = true}}},

@@ -121,7 +121,7 @@ void World::Send(const std::string& worker, bool to_coordinator, const std::func
   if (cut != cuts_.end() && (to_coordinator ? cut->second.to : cut->second.from) > 0) return;
   if (Is(kMessageLoss) && network.Chance(scenario.loss)) return;
   const auto latency = [&] {
-    return network.Between(1, 5) + (Is(kMessageDelay) && network.Chance(scenario.delay) ? network.Between(50, 60'000) : 0);
+    return network.Between(1, 5) + (Is(kMessageDelay) && network.Chance(scenario.delay) ? network.Between(50, 50'000) : 0);
   };
   queue.After(latency(), action);
   if (Is(kMessageDuplication) && network.Chance(scenario.duplication)) queue.After(latency(), action);

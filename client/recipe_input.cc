@@ -42,12 +42,13 @@ Status UploadFiles(Connection& connection, const RecipeInput& input) {
 }
 
 StatusOr<v1::Job> CreateJob(Connection& connection, const RecipeInput& input, const std::string& request_id,
-                            bool validate_only) {
+                            bool validate_only, const v1::JobPolicy& policy) {
   v1::CreateJobRequest request;
   *request.mutable_recipe() = input.recipe;
   request.mutable_files()->insert(input.digests.begin(), input.digests.end());
   request.set_request_id(request_id);
   request.set_validate_only(validate_only);
+  if (policy.ByteSizeLong() > 0) *request.mutable_policy() = policy;
   if (const char* user = std::getenv("USER"); user != nullptr) request.set_owner(user);
   grpc::ClientContext context;
   SetDeadline(&context);

@@ -25,7 +25,7 @@ StatusOr<RecipeInput> ReadRecipe(const std::filesystem::path& path, const std::f
 // Uploads what the coordinator lacks.
 Status UploadFiles(Connection& connection, const RecipeInput& input);
 StatusOr<v1::Job> CreateJob(Connection& connection, const RecipeInput& input, const std::string& request_id,
-                            bool validate_only = false);
+                            bool validate_only = false, const v1::JobPolicy& policy = {});
 
 // The digest of recipe and files: the same content gives the same text, on any machine.
 std::string ContentDigest(const RecipeInput& input);

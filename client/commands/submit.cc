@@ -13,12 +13,13 @@
 namespace refinery::client {
 namespace {
 
-StatusOr<int> Submit(const std::string& recipe, const std::string& request_id, bool validate_only, const Globals& globals) {
+StatusOr<int> Submit(const std::string& recipe, const std::string& request_id, bool validate_only, const v1::JobPolicy& policy,
+                     const Globals& globals) {
   RF_ASSIGN_OR_RETURN(RecipeInput input, ReadRecipe(recipe, globals.data_folder));
   RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   RF_RETURN_IF_ERROR(UploadFiles(connection, input));
   RF_ASSIGN_OR_RETURN(v1::Job job, CreateJob(connection, input, request_id.empty() ? RandomRequestId() : request_id,
-                                             validate_only));
+                                             validate_only, policy));
   if (globals.json) {
     std::cout << ToJson(job);
   } else if (validate_only) {
@@ -62,7 +63,8 @@ StatusOr<int> Plan(const std::string& recipe, const Globals& globals) {
 
 void AddSubmit(CLI::App& app, Globals& globals, Result& result) {
   struct Flags {
-    std::string recipe, request_id;
+    std::string recipe, request_id, tenant;
+    int priority = 0;
     bool validate_only = false;
   };
   auto flags = std::make_shared<Flags>();
@@ -70,8 +72,13 @@ void AddSubmit(CLI::App& app, Globals& globals, Result& result) {
   command->add_option("RECIPE", flags->recipe, "recipe file (YAML)")->required();
   command->add_option("--request-id", flags->request_id, "UUID; the same one gives the same job (default: a new one)");
   command->add_flag("--validate-only", flags->validate_only, "check the recipe and the files, make no job");
+  command->add_option("--priority", flags->priority, "-1000 to 1000, the higher first")->check(CLI::Range(-1000, 1000));
+  command->add_option("--tenant", flags->tenant, "whose job it is (default: the caller's)");
   command->callback([flags, &globals, &result] {
-    result = Submit(flags->recipe, flags->request_id, flags->validate_only, globals);
+    v1::JobPolicy policy;
+    policy.set_tenant(flags->tenant);
+    policy.set_priority(flags->priority);
+    result = Submit(flags->recipe, flags->request_id, flags->validate_only, policy, globals);
   });
 }
 

@@ -143,7 +143,7 @@ int ConvertTable(const ConvertOptions& convert) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  runtime::KeepFreedPages();
+  refinery::runtime::KeepFreedPages();
   ExplainBusErrors();
   CLI::App app{"Runs one Refinery task."};
   app.set_version_flag("--version", REFINERY_VERSION);

@@ -10,6 +10,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <initializer_list>
+
 #define RF_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define RF_BF16_INLINE static inline __attribute__((always_inline)) RF_BF16_TARGET
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "worker/task/model/matmul.h"
 #include "worker/task/model/ops.h"
 #include "worker/task/recover/row_kernels.h"
 
@@ -49,14 +50,12 @@ Divergence SumDivergence(const at::Tensor& hidden, const at::Tensor& source_hidd
   const at::Tensor tuned = hidden.detach(), source = source_hidden.detach();
   const double factor = options.normalizer > 0 ? 1 / options.normalizer : 0;
   const int64_t positions = tuned.size(0), chunk = std::min(std::max<int64_t>(1, positions), options.chunk);
-  const at::Tensor student = at::empty({chunk, head.size(0)}, tuned.options()), teacher = at::empty_like(student);
   Divergence result;
   if (factor != 0) result.gradient = at::empty_like(tuned);
   for (int64_t begin = 0; begin < positions; begin += chunk) {
     const int64_t count = std::min(chunk, positions - begin);
-    at::Tensor student_logits = student.narrow(0, 0, count), teacher_logits = teacher.narrow(0, 0, count);
-    at::mm_out(student_logits, tuned.narrow(0, begin, count), head.t());
-    at::mm_out(teacher_logits, source.narrow(0, begin, count), head.t());
+    const at::Tensor student_logits = model::Matmul(tuned.narrow(0, begin, count), head, {});
+    const at::Tensor teacher_logits = model::Matmul(source.narrow(0, begin, count), head, {});
     if (!model::TakesCpuKernels(student_logits)) {
       result.sum += DenseRows(teacher_logits, student_logits, factor);
     } else if (student_logits.scalar_type() == at::kBFloat16) {

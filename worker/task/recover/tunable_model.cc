@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "worker/task/model/matmul.h"
 #include "worker/task/model/ops.h"
 
 namespace refinery::recover {
@@ -22,7 +23,7 @@ struct ProjectFunction : Function<ProjectFunction> {
                             const TunableStage* stage) {
     ctx->save_for_backward({x, stage->weight});
     ctx->saved_data["stage"] = reinterpret_cast<int64_t>(stage);  // the model outlives its graphs
-    return at::linear(x, stage->weight, stage->bias);
+    return model::Matmul(x, stage->weight, stage->bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {

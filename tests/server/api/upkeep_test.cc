@@ -1,0 +1,181 @@
+// What the coordinator does beside its loop: snapshots, compaction, collection, the disk.
+
+#include "server/api/upkeep.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <future>
+#include <thread>
+
+#include "common/channel.h"
+#include "server/store/artifacts.h"
+#include "server/store/snapshots.h"
+#include "tests/server/api/fake_worker.h"
+#include "tests/server/api/test_server.h"
+#include "tests/support/status_matchers.h"
+
+namespace refinery::api {
+namespace {
+
+using refinery::testing::Caller;
+using refinery::testing::FakeWorker;
+using refinery::testing::IsOk;
+using refinery::testing::StatusCodeIs;
+using refinery::testing::StatusIs;
+using refinery::testing::TempFolder;
+using ::testing::HasSubstr;
+using std::chrono::milliseconds;
+
+class UpkeepTest : public ::testing::Test {
+ protected:
+  void Start(CoordinatorOptions options) {
+    options.state = state_.path();
+    options.long_poll = milliseconds(200);
+    options.watch_heartbeat = milliseconds(200);
+    options.make_report = [](const report::ReportInput&) { return report::Report{.markdown = "report"}; };
+    options.space_of = [this](const auto&) { return Space(); };
+    auto coordinator = Coordinator::Open(std::move(options));
+    ASSERT_THAT(coordinator, IsOk());
+    coordinator_ = *std::move(coordinator);
+    auto server = Server::Start(coordinator_.get(), {});
+    ASSERT_THAT(server, IsOk());
+    server_ = *std::move(server);
+    caller_ = Caller(MakeChannel(server_->address()));
+  }
+  void Stop() {
+    server_.reset();
+    coordinator_.reset();
+  }
+  void TearDown() override { Stop(); }
+
+  StatusOr<store::DiskSpace> Space() const {
+    constexpr uint64_t kSize = uint64_t{1} << 40;
+    return store::DiskSpace{.total_bytes = kSize, .free_bytes = static_cast<uint64_t>((1 - used_) * kSize)};
+  }
+
+  // Plays a job to its end.
+  std::string RunJob() {
+    const auto job = caller_.Create();
+    EXPECT_THAT(job, IsOk());
+    FakeWorker worker(caller_.channel(), "w1");
+    for (int i = 0; i < 200 && caller_.Get(job->id())->state() < v1::Job::SUCCEEDED; ++i) {
+      const auto lease = worker.Next();
+      if (!lease.ok() || lease->token().job().empty()) continue;
+      EXPECT_THAT(worker.Run(*lease), IsOk());
+    }
+    EXPECT_EQ(caller_.Get(job->id())->state(), v1::Job::SUCCEEDED);
+    return job->id();
+  }
+
+  std::string StateText() {
+    std::promise<std::string> text;
+    coordinator_->Post([&](Coordinator::Turn& turn) { text.set_value(jobs::Dump(turn.core.state())); });
+    return text.get_future().get();
+  }
+
+  static bool Within(double seconds, const std::function<bool()>& condition) {
+    for (int i = 0; i < seconds * 50; ++i) {
+      if (condition()) return true;
+      std::this_thread::sleep_for(milliseconds(20));
+    }
+    return false;
+  }
+
+  grpc::Status WatchFrom(const std::string& job, uint64_t after_seq) {
+    grpc::ClientContext context;
+    v1::WatchJobRequest request;
+    request.set_id(job);
+    request.set_after_seq(after_seq);
+    const auto reader = caller_.jobs().WatchJob(&context, request);
+    v1::WatchJobResponse response;
+    while (reader->Read(&response)) {
+    }
+    return reader->Finish();
+  }
+
+  TempFolder state_;
+  std::atomic<double> used_{0.5};
+  std::unique_ptr<Coordinator> coordinator_;
+  std::unique_ptr<Server> server_;
+  Caller caller_;
+};
+
+// Goal: a start from a snapshot and the rest of the log is a start from the whole log.  Method: canonical text of the state.
+TEST_F(UpkeepTest, StartFromASnapshotGivesTheSameState) {
+  Start({.snapshot_every = 20});
+  RunJob();
+  ASSERT_TRUE(Within(5, [&] { return !store::ListSnapshots(state_.path()).empty(); }));
+  RunJob();
+  const std::string before = StateText();
+  Stop();
+  Start({});
+  EXPECT_EQ(StateText(), before);
+  Stop();
+  std::filesystem::remove_all(state_.path() / "snapshots");
+  Start({});
+  EXPECT_EQ(StateText(), before);
+}
+
+// Goal: old events go, the job stays, and a watch from before says RESYNC.
+TEST_F(UpkeepTest, OldJobsAreShownButNotWatchedFromTheStart) {
+  Start({.snapshot_every = 10, .event_retention = milliseconds(0)});
+  const std::string first = RunJob();
+  ASSERT_TRUE(Within(5, [&] { return store::ListSnapshots(state_.path()).size() == 1; }));
+  const std::string second = RunJob();
+  const auto resync = [&] { return WatchFrom(first, 0).error_code() == grpc::StatusCode::OUT_OF_RANGE; };
+  ASSERT_TRUE(Within(8, resync));
+  EXPECT_THAT(FromGrpc(WatchFrom(first, 0)), StatusIs(absl::StatusCode::kOutOfRange, HasSubstr("RESYNC")));
+  const auto job = caller_.Get(first);
+  ASSERT_THAT(job, IsOk());
+  EXPECT_EQ(job->state(), v1::Job::SUCCEEDED);
+  EXPECT_TRUE(WatchFrom(first, job->as_of_seq()).ok());
+  const std::string before = StateText();
+  Stop();
+  Start({});
+  EXPECT_EQ(StateText(), before);
+  EXPECT_THAT(caller_.Get(second), IsOk());
+}
+
+// Goal: what jobs refer to stays, what nobody refers to goes.
+TEST_F(UpkeepTest, CollectsWhatNobodyRefersTo) {
+  Start({.collect_every = milliseconds(100), .collect_grace = milliseconds(300)});
+  const std::string job = RunJob();
+  const auto orphan = store::PutArtifact(coordinator_->blobs(), "orphan", {{"file", "nobody wants this"}});
+  ASSERT_THAT(orphan, IsOk());
+  std::this_thread::sleep_for(milliseconds(10));
+  const std::filesystem::path manifest =
+      state_.path() / "cas" / orphan->digest().substr(7, 2) / orphan->digest().substr(7);
+  ASSERT_TRUE(Within(10, [&] { return !std::filesystem::exists(manifest); }));
+  EXPECT_THAT(coordinator_->blobs().Get(DigestOf("nobody wants this")), StatusCodeIs(absl::StatusCode::kNotFound));
+  const auto shown = caller_.Get(job);
+  ASSERT_THAT(shown, IsOk());
+  for (const v1::Task& task : shown->tasks()) {
+    if (task.output().digest().empty()) continue;
+    EXPECT_THAT(store::CheckComplete(coordinator_->blobs(), task.output().digest()), IsOk()) << task.path();
+  }
+  EXPECT_THAT(store::CheckComplete(coordinator_->blobs(), shown->report().digest()), IsOk());
+}
+
+// Goal: on a full disk no work is admitted, on a fuller one nothing is taken in; reading goes on, and all comes back with the room.
+TEST_F(UpkeepTest, FullDiskStopsWorkInTwoSteps) {
+  Start({});
+  const std::string job = RunJob();
+  used_ = 0.92;
+  const auto refused = [&] { return absl::IsResourceExhausted(caller_.Create().status()); };
+  ASSERT_TRUE(Within(4, refused));
+  EXPECT_THAT(caller_.Create(), StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("90 %")));
+  EXPECT_THAT(store::PutArtifact(coordinator_->blobs(), "a", {{"file", "still fits"}}), IsOk());
+  used_ = 0.98;
+  EXPECT_THAT(store::PutArtifact(coordinator_->blobs(), "a", {{"file", "too much"}}),
+              StatusCodeIs(absl::StatusCode::kResourceExhausted));
+  EXPECT_THAT(caller_.Get(job), IsOk());
+  EXPECT_TRUE(Within(4, [&] { return coordinator_->metrics().Text().find("refinery_disk_read_only 1") != std::string::npos; }));
+  used_ = 0.5;
+  ASSERT_TRUE(Within(4, [&] { return caller_.Create().ok(); }));
+}
+
+}  // namespace
+}  // namespace refinery::api

@@ -120,8 +120,10 @@ struct Output {
 
 // Calls work(first, last) for chunks of rows, each by one thread.
 void ForChunks(int64_t rows, const std::function<void(int64_t first, int64_t last)>& work) {
+  const bool inference = c10::InferenceMode::is_enabled();  // a mode is a thread's own; tensors made in one stay with it
   at::parallel_for(0, (rows + kChunkRows - 1) / kChunkRows, 1, [&](int64_t begin, int64_t end) {
-    const at::NoGradGuard no_grad;  // this thread's
+    const c10::InferenceMode mode(inference);
+    const at::NoGradGuard no_grad;
     for (int64_t chunk = begin; chunk < end; ++chunk) work(chunk * kChunkRows, std::min((chunk + 1) * kChunkRows, rows));
   });
 }

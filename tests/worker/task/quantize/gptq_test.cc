@@ -223,6 +223,21 @@ TEST(GptqTest, NeverAboveRounding) {
   }
 }
 
+// Goal: tasks run in LibTorch's inference mode, which is a thread's own, and several threads share a matrix.
+TEST(GptqTest, SeveralThreadsInInferenceMode) {
+  const Layer layer = SeededLayer(400, 128, 300, 8);
+  const QuantizedLinear wanted = Gptq("layer", layer.weight, layer.hessian, {}, nullptr);
+  const int threads = at::get_num_threads();
+  at::set_num_threads(3);
+  {
+    const c10::InferenceMode mode;
+    const QuantizedLinear got = Gptq("layer", layer.weight.clone(), layer.hessian.clone(), {}, nullptr);
+    EXPECT_TRUE(at::equal(got.codes, wanted.codes));
+    EXPECT_TRUE(at::equal(got.scales, wanted.scales));
+  }
+  at::set_num_threads(threads);
+}
+
 // With a diagonal Hessian no column can help another: GPTQ must be rounding on its own grid, exactly.
 TEST(GptqTest, DiagonalHessianIsPlainRounding) {
   at::manual_seed(3);

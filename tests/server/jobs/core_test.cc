@@ -158,11 +158,7 @@ TEST(CoreTest, RunningAttemptsAreAdoptedAfterARestart) {
     wait(29);
     EXPECT_TRUE(events.empty());
     if (reports) {
-      v1::SynchronizeRequest request;
-      request.mutable_worker()->set_id("w1");
-      request.set_incarnation("i1");
-      *request.add_running()->mutable_lease() = lease.token();
-      EXPECT_TRUE(restarted.Synchronize(request, now, &events).cancel.empty());
+      EXPECT_TRUE(restarted.Synchronize(CoreDriver::Running({lease}), now, &events).cancel.empty());
     }
     wait(2);
     EXPECT_EQ(restarted.AttemptOf(lease.token())->state, reports ? v1::Task::LEASED : v1::Task::READY);
@@ -421,10 +417,7 @@ TEST(CoreTest, NotesAreTakenOnce) {
   CoreDriver driver;
   ASSERT_THAT(driver.Create("a"), IsOk());
   const v1::Lease lease = driver.Grant();
-  v1::SynchronizeRequest request;
-  request.mutable_worker()->set_id("w1");
-  request.set_incarnation("i1");
-  *request.add_running()->mutable_lease() = lease.token();
+  v1::SynchronizeRequest request = CoreDriver::Running({lease});
   request.mutable_running(0)->add_notes()->set_code("damping_raised");
   driver.core.Synchronize(request, driver.now, &driver.events);
   driver.core.Synchronize(request, driver.now, &driver.events);

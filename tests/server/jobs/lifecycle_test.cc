@@ -203,10 +203,7 @@ TEST(LifecycleTest, StalledAttemptIsGivenUp) {
   CoreDriver driver;
   ASSERT_THAT(driver.Create("a"), IsOk());
   const v1::Lease lease = driver.Grant();
-  v1::SynchronizeRequest request;
-  request.mutable_worker()->set_id("w1");
-  request.set_incarnation("i1");
-  *request.add_running()->mutable_lease() = lease.token();
+  v1::SynchronizeRequest request = CoreDriver::Running({lease});
   request.mutable_running(0)->mutable_progress()->set_phase("reading");
   const auto run = [&](int seconds, int step) {
     for (int i = 0; i < seconds; ++i) {

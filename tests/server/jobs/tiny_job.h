@@ -81,13 +81,19 @@ class CoreDriver {
     }
   }
 
-  jobs::Core::Report Synchronize(const std::vector<v1::Lease>& running, const std::string& worker = "w1",
-                                 const std::string& incarnation = "i1") {
+  // What a worker says that runs these leases.
+  static v1::SynchronizeRequest Running(const std::vector<v1::Lease>& running, const std::string& worker = "w1",
+                                        const std::string& incarnation = "i1") {
     v1::SynchronizeRequest request;
     request.mutable_worker()->set_id(worker);
     request.set_incarnation(incarnation);
     for (const v1::Lease& lease : running) *request.add_running()->mutable_lease() = lease.token();
-    return core.Synchronize(request, now, &events);
+    return request;
+  }
+
+  jobs::Core::Report Synchronize(const std::vector<v1::Lease>& running, const std::string& worker = "w1",
+                                 const std::string& incarnation = "i1") {
+    return core.Synchronize(Running(running, worker, incarnation), now, &events);
   }
 
   // A success whose output depends on the task alone, and the loss where the task trains.

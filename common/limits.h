@@ -17,6 +17,8 @@ inline constexpr size_t kMaxLogChunkBytes = 64 << 10;        // log text in one 
 inline constexpr size_t kMaxLogBytesPerAttempt = 64 << 20;
 inline constexpr size_t kMaxTasksPerJob = 20'000;
 inline constexpr size_t kMaxErrorBytes = 4096;
+inline constexpr size_t kMaxWorkerLabels = 64;
+inline constexpr size_t kMaxReportedArtifacts = 256;         // of a worker's cache, in Synchronize
 
 inline constexpr std::chrono::milliseconds kLeaseTtl{30'000};
 inline constexpr std::chrono::milliseconds kSynchronizeInterval{1'000};  // while busy

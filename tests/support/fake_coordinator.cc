@@ -171,10 +171,21 @@ void FakeWorkers::AddLog(uint64_t offset, const std::string& text) {
   if (offset + text.size() > record_.log.size()) record_.log.replace(offset, std::string::npos, text);
 }
 
+void FakeWorkers::AnswerOnce(const v1::SynchronizeResponse& extra) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  extra_ = extra;
+}
+
 grpc::Status FakeWorkers::Synchronize(grpc::ServerContext* context, const v1::SynchronizeRequest* request,
                                       v1::SynchronizeResponse* response) {
   std::unique_lock<std::mutex> lock(mutex_);
   record_.last = *request;
+  if (!request->worker().brief()) {
+    record_.last_full = *request;
+    ++record_.full;
+  }
+  response->MergeFrom(extra_);
+  extra_.Clear();
   ++record_.synchronized;
   for (const v1::RunningAttempt& running : request->running()) {
     AddLog(running.log_offset(), running.log());

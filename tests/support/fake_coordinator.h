@@ -68,6 +68,8 @@ class FakeWorkers final : public v1::WorkerService::Service {
   void SetLeaseTtl(std::chrono::milliseconds ttl);
   // How often CompleteTask answers UNAVAILABLE before it works, or ABORTED for ever.
   void FailCompletes(int times);
+  // The next Synchronize is answered with this beside everything else: tell_worker, repeat_report.
+  void AnswerOnce(const v1::SynchronizeResponse& extra);
   void AbortCompletes();
 
   // Waits until `done` holds for what was recorded; false after ten seconds.
@@ -75,6 +77,8 @@ class FakeWorkers final : public v1::WorkerService::Service {
     std::vector<v1::CompleteTaskRequest> completed;
     std::vector<v1::CommitCheckpointRequest> checkpoints;
     v1::SynchronizeRequest last;
+    v1::SynchronizeRequest last_full;      // the last that was not brief about the worker
+    int full = 0;
     std::string log;                       // parts joined by offset, over Synchronize and CompleteTask
     std::vector<v1::Note> notes;
     std::set<std::string> phases;
@@ -102,6 +106,7 @@ class FakeWorkers final : public v1::WorkerService::Service {
   std::chrono::milliseconds ttl_{30'000};
   int fail_completes_ = 0;
   bool abort_completes_ = false;
+  v1::SynchronizeResponse extra_;
 };
 
 // Both services on a loopback port that survives Stop and Start.

@@ -7,9 +7,13 @@
 
 #pragma once
 
+#include <chrono>
 #include <filesystem>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "common/artifact_client.h"
 #include "common/status.h"
@@ -26,9 +30,19 @@ class ArtifactCache {
                                         const std::function<bool()>& cancelled);
   // Moves a folder that is known to have this digest into the cache; it may stay where it is if that fails.
   void Adopt(const std::string& digest, const std::filesystem::path& folder);
+  // Digests of at most `limit` artifacts that lie here, the last used first (by this process, or else the last that came). What
+  // other workers bring or people remove is seen within half a minute.
+  std::vector<std::string> Newest(size_t limit);
 
  private:
-  std::filesystem::path folder_;
+  using Time = std::filesystem::file_time_type;
+  void Used(const std::string& hex);
+  void Scan();
+
+  const std::filesystem::path folder_;
+  std::mutex mutex_;                                      // guards what follows
+  std::map<std::string, Time> used_;                      // by hex
+  std::chrono::steady_clock::time_point next_scan_{};
 };
 
 }  // namespace refinery::agent

@@ -20,6 +20,7 @@
 #include "common/logging.h"
 #include "common/process.h"
 #include "refinery/v1/config.pb.h"
+#include "worker/agent/machine.h"
 #include "worker/agent/session.h"
 
 namespace {
@@ -31,6 +32,7 @@ struct Flags {
   uint32_t slots = 1;
   uint32_t threads = 0;
   double drain_grace = 10;
+  std::vector<std::string> labels;
   bool check = false;
   bool print = false;
 };
@@ -66,6 +68,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--slots", flags.slots, "attempts at a time")->check(CLI::Range(1, 256))->envname("REFINERY_WORKER_SLOTS");
   app.add_option("--threads", flags.threads, "threads per attempt (default: all cores / slots)")->envname("REFINERY_WORKER_THREADS");
   text("--id", "REFINERY_WORKER_ID", c.mutable_id(), "name of this worker (default: the host's name and a number)");
+  app.add_option("--label", flags.labels, "KEY=VALUE that jobs may ask for; may be given several times")
+      ->envname("REFINERY_WORKER_LABELS")->delimiter(',')->type_name("KEY=VALUE");
+  text("--address", "REFINERY_WORKER_ADDRESS", c.mutable_address(), "under which other workers reach this machine (default: its host name)");
   text("--metrics-address", "REFINERY_WORKER_METRICS_ADDRESS", c.mutable_metrics_address(), "HOST:PORT to serve /metrics on, or none");
   text("--task-program", "REFINERY_WORKER_TASK_PROGRAM", c.mutable_task_program(), "refinery-task (default: the one beside this program)");
   app.add_option("--drain-grace", flags.drain_grace, "seconds that running attempts get after SIGTERM")
@@ -79,6 +84,13 @@ void AddFlags(CLI::App& app, Flags& flags) {
 int Fail(const absl::Status& status, int code) {
   std::fprintf(stderr, "refinery-worker: %s\n", refinery::Message(status).c_str());
   return code;
+}
+
+// Labels of the flags beside those of the file; of one key the flag's.
+absl::Status TakeLabels(Flags& flags) {
+  RF_ASSIGN_OR_RETURN(const auto labels, refinery::agent::ParseLabels(flags.labels));
+  for (const auto& [key, value] : labels) (*flags.config.mutable_labels())[key] = value;
+  return refinery::agent::CheckLabels({flags.config.labels().begin(), flags.config.labels().end()});
 }
 
 std::string DefaultCache() {
@@ -120,6 +132,7 @@ int main(int argc, char** argv) {
   config.set_slots(flags.slots);
   config.set_threads(flags.threads);
   config.set_drain_grace(flags.drain_grace);
+  if (auto status = TakeLabels(flags); !status.ok()) return Fail(status, 2);
   if (auto status = refinery::InitLogging("refinery-worker", config.log_level(), config.log_format()); !status.ok()) {
     return Fail(status, 2);
   }
@@ -147,6 +160,8 @@ int main(int argc, char** argv) {
       .id = config.id(),
       .slots = flags.slots,
       .threads = flags.threads,
+      .labels = {config.labels().begin(), config.labels().end()},
+      .address = config.address(),
       .task_program = config.task_program(),
       .drain_grace = std::chrono::milliseconds(static_cast<int64_t>(flags.drain_grace * 1000)),
       .metrics = metrics->get(),

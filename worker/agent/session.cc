@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,6 +17,7 @@
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "worker/agent/coordinator_calls.h"
+#include "worker/agent/machine.h"
 
 namespace refinery::agent {
 namespace {
@@ -43,16 +43,6 @@ std::string RandomHex() {
   std::array<char, 17> text{};
   std::snprintf(text.data(), text.size(), "%08x%08x", device(), device());
   return text.data();
-}
-
-std::vector<std::string> Devices() {
-  std::vector<std::string> devices = {"cpu"};
-  std::error_code error;
-  int count = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/driver/nvidia/gpus", error)) {
-    if (entry.is_directory()) devices.push_back(Join("cuda:", count++));
-  }
-  return devices;
 }
 
 bool IsId(const std::string& id) {
@@ -97,6 +87,7 @@ StatusOr<std::unique_ptr<Session>> Session::Open(SessionOptions options) {
   }
   if (!options.id.empty() && !IsId(options.id))
     return InvalidArgument("the worker id '", options.id, "' may hold letters, digits, '-', '_' and '.' only");
+  RF_RETURN_IF_ERROR(CheckLabels(options.labels));
   std::unique_ptr<Session> session(new Session(std::move(options)));
   RF_RETURN_IF_ERROR(session->Lock());
   const SessionOptions& o = session->options_;
@@ -115,12 +106,11 @@ StatusOr<std::unique_ptr<Session>> Session::Open(SessionOptions options) {
                        }};
   v1::WorkerInfo& info = session->info_;
   info.set_id(o.id);
-  info.set_host(HostName());
+  DescribeMachine(&info);
   info.set_threads(o.threads * o.slots);
-  struct sysinfo memory {};
-  if (::sysinfo(&memory) == 0) info.set_memory_bytes(static_cast<uint64_t>(memory.totalram) * memory.mem_unit);
-  for (std::string& device : Devices()) info.add_devices(std::move(device));
   info.set_version(REFINERY_VERSION);
+  info.set_address(o.address.empty() ? info.host() : o.address);
+  info.mutable_labels()->insert(o.labels.begin(), o.labels.end());
   return session;
 }
 
@@ -180,7 +170,7 @@ Status Session::Step() {
   const bool idle = attempts_.empty() && !stopping();
   const Clock::time_point sent = Clock::now();
   StatusOr<v1::SynchronizeResponse> response = Synchronize(idle);
-  for (auto& attempt : attempts_) attempt->Reported(response.ok());
+  for (auto& attempt : attempts_) attempt->Reported(response.ok() && !response->repeat_report());
   if (!response.ok()) {
     if (IsRefusal(response.status()) && !ever_connected_)
       return Annotate(response.status(), Join("the coordinator at ", options_.coordinator, " refuses this worker"));
@@ -191,6 +181,7 @@ Status Session::Step() {
   backoff_ = kFirstBackoff;
   if (!connected_) spdlog::info("connected to {}", options_.coordinator);
   connected_ = ever_connected_ = true;
+  told_ = !response->tell_worker();
   options_.metrics->Heartbeat();
   Apply(*response);
   if (!attempts_.empty()) {
@@ -221,9 +212,24 @@ StatusOr<v1::SynchronizeResponse> Session::Synchronize(bool idle) {
   return response;
 }
 
+void Session::Describe(v1::WorkerInfo* worker) {
+  const std::vector<std::string> cached = artifacts_.Newest(limits::kMaxReportedArtifacts);
+  if (!std::equal(cached.begin(), cached.end(), info_.cached().begin(), info_.cached().end())) {
+    info_.mutable_cached()->Assign(cached.begin(), cached.end());
+    told_ = false;
+  }
+  if (told_) {
+    worker->set_id(info_.id());
+    worker->set_brief(true);
+  } else {
+    *worker = info_;
+  }
+  worker->set_free_disk_bytes(FreeDiskBytes(options_.cache));
+}
+
 v1::SynchronizeRequest Session::MakeRequest(bool stopping) {
   v1::SynchronizeRequest request;
-  *request.mutable_worker() = info_;
+  Describe(request.mutable_worker());
   request.mutable_worker()->set_state(stopping ? "draining" : attempts_.empty() ? "idle" : "busy");
   request.set_incarnation(incarnation_);
   for (auto& attempt : attempts_) {

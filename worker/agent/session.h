@@ -12,6 +12,7 @@
 #include <condition_variable>
 #include <filesystem>
 #include <list>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -34,6 +35,8 @@ struct SessionOptions {
   std::string id;                                // empty: "<host>-<n>", the first n that is free in this cache
   uint32_t slots = 1;
   uint32_t threads = 1;                          // per attempt
+  std::map<std::string, std::string> labels;     // what jobs may ask for
+  std::string address;                           // under which other workers reach this machine; empty: its host name
   std::filesystem::path task_program;
   std::chrono::milliseconds drain_grace{10'000}; // after Stop(), before running attempts are ended
   std::chrono::milliseconds stop_grace{5'000};   // between SIGTERM and SIGKILL for a task
@@ -62,6 +65,8 @@ class Session {
   Status Step();
   StatusOr<v1::SynchronizeResponse> Synchronize(bool idle);
   v1::SynchronizeRequest MakeRequest(bool stopping);
+  // What this worker is: all of it when the coordinator has to hear it, otherwise only what changes all the time.
+  void Describe(v1::WorkerInfo* worker);
   void Apply(const v1::SynchronizeResponse& response);
   void HandleFailure(const Status& status);
   // From then on the leases may be over: by the clock of the last request that was answered.
@@ -79,6 +84,7 @@ class Session {
   AttemptContext context_;
   std::unique_ptr<v1::WorkerService::Stub> stub_;
   v1::WorkerInfo info_;
+  bool told_ = false;                            // the coordinator knows info_
   std::string incarnation_;
   int lock_fd_ = -1;
 

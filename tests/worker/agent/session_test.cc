@@ -59,6 +59,7 @@ class SessionTest : public ::testing::Test {
             .cache = cache_,
             .id = "w1",
             .threads = 3,
+            .labels = {{"zone", "a"}},
             .task_program = FAKE_TASK,
             .drain_grace = milliseconds(100),
             .stop_grace = milliseconds(500),
@@ -135,6 +136,56 @@ TEST_F(SessionTest, SuccessfulTask) {
   StopSession();
   EXPECT_THAT(run_status_, IsOk());
   EXPECT_TRUE(std::filesystem::is_empty(cache_ / "work" / "w1"));
+}
+
+// Goal: the worker says what it is once, again when its cache changed or the coordinator asks, and otherwise only what moves.
+TEST_F(SessionTest, SaysWhatItIsWhenThatChanges) {
+  StartSession();
+  ASSERT_TRUE(workers_.WaitFor([](const Record& record) { return record.synchronized >= 2; }));
+  Record record = workers_.record();
+  EXPECT_EQ(record.full, 1);
+  const v1::WorkerInfo& full = record.last_full.worker();
+  EXPECT_EQ(full.labels().at("zone"), "a");
+  EXPECT_GT(full.memory_bytes(), 0u);
+  EXPECT_GT(full.free_disk_bytes(), 0u);
+  EXPECT_EQ(full.devices(0), "cpu");
+  EXPECT_FALSE(full.address().empty());
+  EXPECT_EQ(full.cached_size(), 0);
+  EXPECT_TRUE(record.last.worker().brief());
+  EXPECT_EQ(record.last.worker().id(), "w1");
+  EXPECT_GT(record.last.worker().free_disk_bytes(), 0u);
+  EXPECT_EQ(record.last.worker().labels_size() + record.last.worker().devices_size(), 0);
+
+  v1::SynchronizeResponse ask;
+  ask.set_tell_worker(true);
+  workers_.AnswerOnce(ask);
+  ASSERT_TRUE(workers_.WaitFor([](const Record& now) { return now.full == 2 && now.last.worker().brief(); }));
+  EXPECT_EQ(workers_.record().last_full.worker().labels().at("zone"), "a");
+
+  v1::Lease lease = MakeLease("succeed");
+  v1::ArtifactRef* input = lease.mutable_spec()->add_inputs();
+  input->set_name("seeds");
+  input->set_digest(coordinator_.artifacts.PutFolder({{"rows.jsonl", "{}\n"}}));
+  workers_.Grant(lease);
+  ASSERT_TRUE(workers_.WaitFor(OneCompleted));
+  const std::string output = workers_.record().completed[0].success().output().digest();
+  ASSERT_TRUE(workers_.WaitFor([](const Record& now) { return now.last_full.worker().cached_size() == 2; }));
+  EXPECT_THAT(workers_.record().last_full.worker().cached(), ::testing::UnorderedElementsAre(input->digest(), output));
+}
+
+// Goal: notes and logs that the coordinator could not keep are said again; nothing is lost and nothing counted as failed.
+TEST_F(SessionTest, RepeatsAReportThatWasNotKept) {
+  v1::SynchronizeResponse again;
+  again.set_repeat_report(true);
+  workers_.Grant(MakeLease("sleep:60"));
+  StartSession();
+  ASSERT_GT(SleepingPid(), 0);
+  ASSERT_TRUE(workers_.WaitFor([](const Record& now) { return now.last.running_size() == 1; }));
+  workers_.AnswerOnce(again);
+  const int before = workers_.record().synchronized;
+  ASSERT_TRUE(workers_.WaitFor([&](const Record& now) { return now.synchronized > before + 3; }));
+  EXPECT_EQ(workers_.record().last.running_size(), 1);
+  EXPECT_THAT(workers_.record().completed, IsEmpty());
 }
 
 // Goal: a task's own error is passed on as it is; without one the exit code and the log are.

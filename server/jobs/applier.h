@@ -49,6 +49,7 @@ class Applier {
   Status Retry();
   Status FinishJob();
   Status ChangeTenant();
+  void TakeMark();
 
   // apply_task.cc: tasks.
   Status ChangeTask();
@@ -62,17 +63,24 @@ class Applier {
   }
   // BLOCKED -> READY once everything the task waits for is there.
   void MakeReadyIfPossible(size_t i);
+  // Keeps the spec of a task what its inputs are now, as a snapshot's reader would fill it in.
+  void ResolveAgain(size_t i);
   // Moves the task to another state, keeping the sets and counts.
   void Move(size_t i, v1::Task::State to);
   void SetState(size_t i, v1::Task::State to);
-  // The task may run again, unless the job is being cancelled.
-  void Release(size_t i) { Move(i, job_->state == v1::Job::CANCELLING ? v1::Task::CANCELLED : v1::Task::READY); }
+  // The task may run again, unless the job is being cancelled; now, or when what was lost of its inputs is there again. (Those may
+  // have changed: they are looked up anew.)
+  void Release(size_t i) {
+    Move(i, job_->state == v1::Job::CANCELLING ? v1::Task::CANCELLED : v1::Task::BLOCKED);
+    MakeReadyIfPossible(i);
+  }
   void Leased(size_t i, TaskState& task, const v1::TaskLeased& leased);
   void Finished(size_t i, TaskState& task, const v1::TaskFinished& finished);
   void Failed(size_t i, TaskState& task, const v1::TaskFailed& failed);
   void Expired(size_t i, TaskState& task, const v1::LeaseExpired& expired);
   void Released(size_t i, TaskState& task, const v1::LeaseReleased& released);
   void Checkpoint(size_t i, TaskState& task, const v1::CheckpointCommitted& committed);
+  void Lost(size_t i, TaskState& task, const v1::ArtifactLost& lost);
   v1::Replicate* ReplicateOf(size_t i);
 
   State& state_;

@@ -8,9 +8,10 @@ namespace refinery::jobs {
 Status Applier::Run() {
   if (event_.seq() != state_.last_seq + 1) return Misfit(Join("it does not follow event ", state_.last_seq));
   if (event_.version() > kEventVersion) return Misfit("it was written by a newer refineryd");
-  if (event_.kind_case() == v1::Event::kTenantChanged) {
-    RF_RETURN_IF_ERROR(ChangeTenant());
+  if (event_.has_tenant_changed() || event_.has_request_answered()) {  // of no job
+    if (event_.has_tenant_changed()) RF_RETURN_IF_ERROR(ChangeTenant());
     state_.last_seq = event_.seq();
+    TakeMark();
     return absl::OkStatus();
   }
   if (event_.kind_case() == v1::Event::kJobCreated) {
@@ -23,8 +24,13 @@ Status Applier::Run() {
     RF_RETURN_IF_ERROR(ChangeJob());
   }
   job_->last_seq = state_.last_seq = event_.seq();
+  TakeMark();
   Index(state_, *job_);
   return absl::OkStatus();
+}
+
+void Applier::TakeMark() {
+  if (event_.has_request()) state_.answered.Add(event_.request().key(), event_.request().digest(), event_.time_ms());
 }
 
 Status Applier::ChangeJob() {
@@ -136,7 +142,8 @@ Status Applier::FinishStudy() {
   }
   job_->study_finished = true;
   for (const auto& [key, i] : job_->train_tasks) {
-    if (!event_.study_finished().early() || IsSettled(job_->tasks[i].state)) continue;
+    // One that was done and lost its output is no trial that goes on.
+    if (!event_.study_finished().early() || IsSettled(job_->tasks[i].state) || job_->tasks[i].losses > 0) continue;
     Move(i, v1::Task::CANCELLED);
     for (const size_t dependent : job_->dependents[i]) --job_->tasks[dependent].unmet_needs;
   }
@@ -188,7 +195,9 @@ Status Applier::Retry() {
     TaskState& task = job_->tasks[i];
     if (task.state != v1::Task::DEAD && task.state != v1::Task::CANCELLED) continue;
     // Trials that were given up stay so: the study has its result.
-    if (job_->study_finished && job_->plan.tasks[i].kind == v1::TRAIN && task.state == v1::Task::CANCELLED) continue;
+    if (job_->study_finished && job_->plan.tasks[i].kind == v1::TRAIN && task.state == v1::Task::CANCELLED && task.losses == 0) {
+      continue;
+    }
     task.state = v1::Task::BLOCKED;
     --job_->settled;
     task.infra_failures = task.node_failures = task.resource_failures = task.crashes = 0;

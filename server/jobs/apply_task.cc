@@ -35,6 +35,7 @@ Status Applier::ChangeTask() {
     case v1::Event::kLeaseExpired: return OnTask(event_.lease_expired(), &Applier::Expired);
     case v1::Event::kLeaseReleased: return OnTask(event_.lease_released(), &Applier::Released);
     case v1::Event::kCheckpointCommitted: return OnTask(event_.checkpoint_committed(), &Applier::Checkpoint);
+    case v1::Event::kArtifactLost: return OnTask(event_.artifact_lost(), &Applier::Lost);
     default: return Misfit("its kind is unknown; it was written by a newer refineryd");
   }
 }
@@ -84,7 +85,16 @@ void Applier::Move(size_t i, v1::Task::State to) {
   for (const size_t dependent : job_->dependents[i]) {
     --job_->tasks[dependent].unmet_needs;
     MakeReadyIfPossible(dependent);
+    if (task.losses > 0) ResolveAgain(dependent);  // it may have run, or run now, with what was made before
   }
+}
+
+void Applier::ResolveAgain(size_t i) {
+  TaskState& task = job_->tasks[i];
+  if (!task.resolved) return;
+  const std::string unresolvable = task.unresolvable;
+  Resolve(*job_, i);
+  task.unresolvable = unresolvable;
 }
 
 void Applier::SetState(size_t i, v1::Task::State to) {
@@ -190,6 +200,23 @@ void Applier::Checkpoint(size_t, TaskState& task, const v1::CheckpointCommitted&
 }
 
 v1::Replicate* Applier::ReplicateOf(size_t i) {
+void Applier::Lost(size_t i, TaskState& task, const v1::ArtifactLost& lost) {
+  task.checkpoint.Clear();
+  task.checkpoint_step = 0;
+  if (lost.checkpoint() || (task.state != v1::Task::DONE && task.state != v1::Task::CACHED)) return;
+  ++task.losses;
+  task.output.Clear();
+  --job_->settled;
+  SetState(i, v1::Task::BLOCKED);
+  for (const size_t dependent : job_->dependents[i]) {
+    TaskState& other = job_->tasks[dependent];
+    ++other.unmet_needs;
+    if (other.state == v1::Task::READY) SetState(dependent, v1::Task::BLOCKED);
+    ResolveAgain(dependent);
+  }
+  MakeReadyIfPossible(i);
+}
+
   const plan::PlannedTask& planned = job_->plan.tasks[i];
   v1::Trial& trial = job_->trials[planned.trial];
   while (trial.replicates_size() <= planned.replicate) {

@@ -45,9 +45,11 @@ void Core::StartGrace(const Now& now, Events* events) {
 }
 
 void Core::Emit(const std::string& job, v1::Event event, const Now& now, Events* events) {
+  RF_CHECK(read_only_.ok());
   event.set_seq(state_.last_seq + 1);
   event.set_job(job);
   event.set_time_ms(now.unix_ms);
+  if (!mark_.key().empty()) event.mutable_request()->Swap(&mark_);
   const Status status = Apply(state_, event, options_.code_version);
   RF_CHECK(status.ok() && "a command made an event that does not fit the state");
   events->push_back(std::move(event));
@@ -61,6 +63,7 @@ StatusOr<std::string> Core::CreateJob(const NewJob& new_job, const Now& now, Eve
     return AlreadyExists("request ", created.request_id(), " was already used for job ", known->second,
                          " with another recipe; use a new request id");
   }
+  RF_RETURN_IF_ERROR(read_only_);
   if (state_.jobs.contains(new_job.id)) return AlreadyExists("there is a job ", new_job.id, " already");
   RF_ASSIGN_OR_RETURN(plan::Plan plan,
                       plan::MakePlan(created.recipe(), {created.files().begin(), created.files().end()}));
@@ -123,6 +126,7 @@ Status Core::Complete(const v1::CompleteTaskRequest& request, const Now& now, Ev
       (request.has_error() || attempt->output.digest() == request.success().output().digest())) {
     return absl::OkStatus();  // said before; the answer was lost
   }
+  RF_RETURN_IF_ERROR(read_only_);
   RF_ASSIGN_OR_RETURN(const auto leased, Leased(request.lease()));
   JobState& job = *leased.first;
   const size_t i = leased.second;
@@ -160,6 +164,7 @@ Status Core::Complete(const v1::CompleteTaskRequest& request, const Now& now, Ev
 Status Core::CompleteWithError(JobState& job, size_t i, v1::TaskError error, const Now& now, Events* events) {
   error.set_failure_class(ClassOf(error));
   error.set_message(Cut(error.message()));
+  if (TakeLosses(job, i, &error, now, events)) return absl::OkStatus();
   TaskState& task = job.tasks[i];
   const uint32_t attempts = job.created.policy().budget().attempts();
   const bool may_retry = MayRetry(task, error.failure_class()) && (attempts == 0 || job.attempts < attempts);
@@ -178,6 +183,7 @@ Status Core::CommitCheckpoint(const v1::CommitCheckpointRequest& request, const 
     return absl::OkStatus();  // said before
   }
   if (request.step() <= task.checkpoint_step) {
+  RF_RETURN_IF_ERROR(read_only_);
     return FailedPrecondition("checkpoint step ", request.step(), " of ", request.lease().path(), " is not after step ",
                               task.checkpoint_step, ", which was committed already");
   }

@@ -2,7 +2,8 @@
 //
 // The coordinator's decisions: (state, command, now) -> (events, reply). Pure like the state beneath it; the caller owns
 // threads, clock, log and network. Each command takes its events in at once and appends them to `events`; the caller must
-// write them to the log before it lets anyone see the reply, and must stop the process when that fails.
+// write them to the log before it lets anyone see the reply. When that fails it must stop the process, or Rebuild the state from
+// what the log holds and answer with the failure.
 //
 //   Core core(options);
 //   core.Restore(snapshot);                         // restart: the newest snapshot, if there is one,
@@ -35,6 +36,9 @@ namespace refinery::jobs {
 
 using Events = std::vector<v1::Event>;
 
+// Whether the call was answered before. ALREADY_EXISTS when its key stands for another one.
+StatusOr<bool> WasDone(const AnsweredRequests& answered, const v1::RequestMark& mark);
+
 struct CoreOptions {
   std::chrono::milliseconds lease_ttl = limits::kLeaseTtl;
   std::chrono::milliseconds retry_backoff{1'000};  // before the second attempt; doubled for each further one
@@ -50,6 +54,7 @@ struct CoreOptions {
   struct Mutations {
     bool ignore_epoch = false;  // a stale lease is as good as the current one
     bool no_grace = false;      // leases are not renewed by a restart
+    bool ignore_losses = false;  // what the store has lost is not made again
   } mutations;
 };
 
@@ -63,8 +68,21 @@ class Core {
   std::string Snapshot() const { return TakeSnapshot(state_); }
   // Starts from a snapshot instead of the first event; before any Replay. DATA_LOSS; the core is then as new.
   Status Restore(std::string_view snapshot);
+  // Takes back events that could not be written: forgets the state, lets `replay` (Restore and Replay) make it anew, and keeps what
+  // only this process knows of its tasks (timers, progress). Errors: those of `replay`; the core is then of no use.
+  Status Rebuild(const std::function<Status()>& replay);
+  // While `why` is an error nothing changes that is durable: commands that would make events are refused with it, and leases are
+  // renewed but neither granted nor ended. Afterwards StartGrace goes on with what was left.
+  void SetReadOnly(const Status& why) { read_only_ = why; }
   // After the replay: every lease counts as just renewed, and whatever the log left half-done goes on.
   void StartGrace(const Now& now, Events* events);
+
+  // A change that its caller may repeat: `change`, one of the commands below, is run once for a mark (see RequestMark), whose repeat
+  // finds it done, also after a restart; the mark goes into the first event of `change`, or into one of its own. What failed may be
+  // tried again. ALREADY_EXISTS when the key stands for another call. An empty mark is no mark.
+  Status Once(const v1::RequestMark& mark, const Now& now, Events* events, const std::function<Status()>& change);
+  // Whether Once would find it done.
+  StatusOr<bool> WasDone(const v1::RequestMark& mark) const { return jobs::WasDone(state_.answered, mark); }
 
   struct NewJob {
     std::string id;  // chosen by the caller, who has randomness
@@ -89,6 +107,7 @@ class Core {
 
   struct Report {
     google::protobuf::RepeatedPtrField<v1::LeaseToken> cancel;  // attempts the worker must stop and forget
+    bool repeat = false;                                        // its notes were not taken in: it must send them again
   };
   // What a worker says of itself: renews its leases, takes progress and notes in, adopts attempts that survived a restart.
   Report Synchronize(const v1::SynchronizeRequest& request, const Now& now, Events* events);
@@ -128,6 +147,9 @@ class Core {
   const TaskState* AttemptOf(const v1::LeaseToken& token) const;
   const State& state() const { return state_; }
   uint64_t stale_commits() const { return stale_commits_; }
+  // The store has found that it lacks these artifacts, or a part of them: of active jobs, what made them runs again when somebody
+  // still needs it. (An attempt that fails for want of an input finds that by itself.)
+  void OnLost(const std::vector<std::string>& artifacts, const Now& now, Events* events);
 
  private:
   JobState& Job(const std::string& id) { return state_.jobs.at(id); }
@@ -162,6 +184,17 @@ class Core {
   void ExtendLeases(std::chrono::milliseconds gap, const Now& now);
   // When the attempt is given up for want of progress.
   std::chrono::milliseconds StallDeadline(const TaskState& task) const;
+  // losses.cc
+  void EmitLost(const JobState& job, size_t i, bool checkpoint, const Now& now, Events* events);
+  // A done task runs again, because its output is gone.
+  void Reopen(JobState& job, size_t i, const Now& now, Events* events);
+  static int MakerOf(const JobState& job, size_t i, size_t k);
+  // Sees to it that input `k` of task `i`, which was `digest` and is gone, is made again; false when it cannot be.
+  bool ComesAgain(JobState& job, size_t i, size_t k, const std::string& digest, const Now& now, Events* events);
+  // Whether the attempt failed because inputs of task `i` are gone, and will come again: it is over then, and nothing is charged to
+  // the task. An input that cannot be made again is named in `error`.
+  bool TakeLosses(JobState& job, size_t i, v1::TaskError* error, const Now& now, Events* events);
+
   void CheckWallBudgets(const Now& now, Events* events);
 
   const CoreOptions options_;
@@ -180,3 +213,5 @@ class Core {
 };
 
 }  // namespace refinery::jobs
+  Status read_only_;
+  v1::RequestMark mark_;                                     // for the next event; empty outside of Once

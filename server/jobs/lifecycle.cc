@@ -2,15 +2,42 @@
 
 #include <algorithm>
 
+#include "common/error_details.h"
 #include "server/jobs/core.h"
 #include "server/jobs/policy.h"
 #include "server/jobs/text.h"
 
 namespace refinery::jobs {
 
+StatusOr<bool> WasDone(const AnsweredRequests& answered, const v1::RequestMark& mark) {
+  const AnsweredRequests::Entry* known = mark.key().empty() ? nullptr : answered.Find(mark.key());
+  if (known == nullptr) return false;
+  if (known->digest == mark.digest()) return true;
+  return WithField(WithReason(AlreadyExists("request id ", mark.key().substr(mark.key().rfind('/') + 1),
+                                            " was already used for another call; use a new one"),
+                              "REQUEST_ID_REUSED"),
+                   "request_id");
+}
+
+Status Core::Once(const v1::RequestMark& mark, const Now& now, Events* events, const std::function<Status()>& change) {
+  RF_ASSIGN_OR_RETURN(const bool done, WasDone(mark));
+  if (done) return absl::OkStatus();
+  if (!mark.key().empty()) RF_RETURN_IF_ERROR(read_only_);
+  mark_ = mark;
+  const Status status = change();
+  if (status.ok() && !mark_.key().empty()) {  // it changed nothing; that it was answered must last all the same
+    v1::Event event;
+    event.mutable_request_answered();
+    Emit("", std::move(event), now, events);
+  }
+  mark_.Clear();
+  return status;
+}
+
 Status Core::CancelJob(const std::string& id, const std::string& reason, const Now& now, Events* events) {
   RF_ASSIGN_OR_RETURN(const JobState* job, FindJob(id));
   if (IsTerminal(job->state) || job->state == v1::Job::CANCELLING) return absl::OkStatus();
+  RF_RETURN_IF_ERROR(read_only_);
   const std::string full_id = job->id;
   v1::Event event;
   event.mutable_job_cancel_requested()->set_reason(Cut(reason.empty() ? "cancelled by the user" : reason));
@@ -22,6 +49,7 @@ Status Core::CancelJob(const std::string& id, const std::string& reason, const N
 Status Core::KillJob(const std::string& id, const std::string& reason, const Now& now, Events* events) {
   RF_ASSIGN_OR_RETURN(const JobState* job, FindJob(id));
   if (IsTerminal(job->state)) return absl::OkStatus();
+  RF_RETURN_IF_ERROR(read_only_);
   const std::string full_id = job->id;
   v1::Event event;
   event.mutable_job_cancel_requested()->set_reason(Cut(reason.empty() ? "killed by the user" : reason));
@@ -35,9 +63,8 @@ Status Core::PauseJob(const std::string& id, const std::string& reason, const No
   RF_ASSIGN_OR_RETURN(const JobState* found, FindJob(id));
   JobState& job = Job(found->id);
   if (job.state == v1::Job::PAUSED) return absl::OkStatus();
-  if (IsTerminal(job.state) || job.state == v1::Job::CANCELLING) {
-    return FailedPrecondition("job ", job.id, " is ", v1::Job::State_Name(job.state), "; only a running job can be paused");
-  }
+  RF_RETURN_IF_ERROR(CheckPause(job));
+  RF_RETURN_IF_ERROR(read_only_);
   v1::Event event;
   event.mutable_job_paused()->set_reason(Cut(reason.empty() ? "paused by the user" : reason));
   Emit(job.id, std::move(event), now, events);
@@ -54,10 +81,8 @@ Status Core::ResumeJob(const std::string& id, const std::string& reason, const N
   RF_ASSIGN_OR_RETURN(const JobState* found, FindJob(id));
   JobState& job = Job(found->id);
   if (job.state == v1::Job::PENDING || job.state == v1::Job::RUNNING) return absl::OkStatus();
-  if (job.state != v1::Job::PAUSED) {
-    return FailedPrecondition("job ", job.id, " is ", v1::Job::State_Name(job.state), "; only a paused job can be resumed",
-                              job.state == v1::Job::FAILED || job.state == v1::Job::CANCELLED ? ", try to retry it" : "");
-  }
+  RF_RETURN_IF_ERROR(CheckResume(job));
+  RF_RETURN_IF_ERROR(read_only_);
   v1::Event event;
   event.mutable_job_resumed()->set_reason(Cut(reason));
   event.mutable_job_resumed()->set_paused_ms(static_cast<uint64_t>(std::max<int64_t>(0, now.unix_ms - job.paused_time_ms)));
@@ -69,12 +94,10 @@ Status Core::ResumeJob(const std::string& id, const std::string& reason, const N
 
 Status Core::RetryJob(const std::string& id, const std::string& reason, const Now& now, Events* events) {
   RF_ASSIGN_OR_RETURN(const JobState* job, FindJob(id));
+  RF_RETURN_IF_ERROR(CheckRetry(*job));
   if (!IsTerminal(job->state)) return absl::OkStatus();
-  if (job->state == v1::Job::SUCCEEDED) return FailedPrecondition("job ", job->id, " has succeeded; there is nothing to retry");
-  if (job->study_finished && !job->best.contains("best")) {
-    return FailedPrecondition("every trial of job ", job->id, " diverged, and would again; submit it with lower learning rates");
-  }
   RF_RETURN_IF_ERROR(CheckJobQuota(state_, job->created.policy()));
+  RF_RETURN_IF_ERROR(read_only_);
   const std::string full_id = job->id;
   v1::Event event;
   event.mutable_job_retried()->set_reason(Cut(reason));
@@ -89,6 +112,7 @@ Status Core::SetPolicy(const std::string& id, const v1::JobPolicy& policy, const
   RF_RETURN_IF_ERROR(CheckPolicy(policy));
   if (IsTerminal(job->state)) return FailedPrecondition("job ", job->id, " has ended; its policy means nothing any more");
   if (job->created.policy().SerializeAsString() == policy.SerializeAsString()) return absl::OkStatus();
+  RF_RETURN_IF_ERROR(read_only_);
   const std::string full_id = job->id;
   v1::Event event;
   *event.mutable_job_policy_changed()->mutable_policy() = policy;
@@ -99,6 +123,7 @@ Status Core::SetPolicy(const std::string& id, const v1::JobPolicy& policy, const
 
 Status Core::SetTenant(const v1::TenantPolicy& policy, const Now& now, Events* events) {
   RF_RETURN_IF_ERROR(CheckTenant(policy));
+  RF_RETURN_IF_ERROR(read_only_);
   v1::Event event;
   *event.mutable_tenant_changed()->mutable_policy() = policy;
   Emit("", std::move(event), now, events);

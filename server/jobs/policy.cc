@@ -21,7 +21,46 @@ bool IsKind(const std::string& name) {
   return false;
 }
 
+// "job x failed", "job x is paused"
+std::string Stands(const JobState& job) {
+  switch (job.state) {
+    case v1::Job::PAUSED: return Join("job ", job.id, " is paused");
+    case v1::Job::CANCELLING: return Join("job ", job.id, " is being cancelled");
+    case v1::Job::SUCCEEDED: return Join("job ", job.id, " has succeeded");
+    case v1::Job::FAILED: return Join("job ", job.id, " has failed");
+    case v1::Job::CANCELLED: return Join("job ", job.id, " was cancelled");
+    default: return Join("job ", job.id, " is running");
+  }
+}
+
+Status NotNow(const JobState& job, std::string_view sentence) { return FailedPrecondition(Stands(job), "; ", sentence); }
+
+// Of a job that is not active: how it could be.
+Status NotActive(const JobState& job, std::string_view verb) {
+  if (job.state == v1::Job::CANCELLING) return NotNow(job, Join("wait until it has ended, then `refinery retry ", job.id, "` opens it again"));
+  if (job.state == v1::Job::SUCCEEDED) return NotNow(job, Join("there is nothing left to ", verb));
+  return NotNow(job, Join("there is nothing to ", verb, "; `refinery retry ", job.id, "` opens it again"));
+}
+
 }  // namespace
+
+Status CheckPause(const JobState& job) {
+  return IsTerminal(job.state) || job.state == v1::Job::CANCELLING ? NotActive(job, "pause") : absl::OkStatus();
+}
+
+Status CheckResume(const JobState& job) {
+  return IsTerminal(job.state) || job.state == v1::Job::CANCELLING ? NotActive(job, "resume") : absl::OkStatus();
+}
+
+Status CheckRetry(const JobState& job) {
+  if (job.state == v1::Job::CANCELLING) return NotNow(job, "wait until it has ended, then retry it");
+  if (job.state == v1::Job::PAUSED) return NotNow(job, Join("`refinery resume ", job.id, "` lets it go on"));
+  if (job.state == v1::Job::SUCCEEDED) return NotNow(job, "there is nothing to retry");
+  if (IsTerminal(job.state) && job.study_finished && !job.best.contains("best")) {
+    return FailedPrecondition("every trial of job ", job.id, " diverged, and would again; submit it with lower learning rates");
+  }
+  return absl::OkStatus();
+}
 
 Status CheckPolicy(const v1::JobPolicy& policy) {
   if (std::abs(policy.priority()) > kMaxPriority) {

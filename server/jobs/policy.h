@@ -19,4 +19,10 @@ Status CheckTenant(const v1::TenantPolicy& policy);
 // Whether the tenant may have one more job.
 Status CheckJobQuota(const State& state, const v1::JobPolicy& policy);
 
+// Whether the job is in a state from which it can be paused, resumed, retried; also when it is there already. FAILED_PRECONDITION says
+// what to do instead.
+Status CheckPause(const JobState& job);
+Status CheckResume(const JobState& job);
+Status CheckRetry(const JobState& job);
+
 }  // namespace refinery::jobs

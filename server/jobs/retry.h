@@ -23,6 +23,7 @@ inline constexpr uint32_t kMaxInfraFailures = 20;
 inline constexpr uint32_t kMaxNodeFailures = 2;
 inline constexpr uint32_t kMaxResourceFailures = 2;
 inline constexpr uint32_t kMaxCrashes = 3;
+inline constexpr uint32_t kMaxLosses = 5;  // of what one task made, each of which makes it run again
 
 // The class of `error`, derived from its code when it names none.
 v1::FailureClass ClassOf(const v1::TaskError& error);

@@ -35,6 +35,7 @@ void Put(const TaskState& task, v1::TaskSnapshot* out) {
   out->set_resource_failures(task.resource_failures);
   out->set_crashes(task.crashes);
   for (const std::string& worker : task.avoid) out->add_avoid(worker);
+  out->set_losses(task.losses);
 }
 
 // All but `spec` and `unmet_needs`, which follow from the rest.
@@ -60,6 +61,7 @@ void Get(v1::TaskSnapshot& in, TaskState* task) {
   task->resource_failures = in.resource_failures();
   task->crashes = in.crashes();
   task->avoid.insert(in.avoid().begin(), in.avoid().end());
+  task->losses = in.losses();
 }
 
 void Put(const JobState& job, v1::JobSnapshot* out) {
@@ -124,7 +126,7 @@ void GetPlain(v1::JobSnapshot& in, JobState* job) {
 bool IsMet(const JobState& job, size_t i) {
   const v1::Task::State state = job.tasks[i].state;
   if (state == v1::Task::DONE || state == v1::Task::CACHED) return true;
-  return state == v1::Task::CANCELLED && job.study_finished && job.plan.tasks[i].kind == v1::TRAIN;
+  return state == v1::Task::CANCELLED && job.study_finished && job.plan.tasks[i].kind == v1::TRAIN && job.tasks[i].losses == 0;
 }
 
 Status Get(v1::JobSnapshot& in, State& state, JobState& job, const std::string& code_version) {
@@ -180,6 +182,13 @@ std::string TakeSnapshot(const State& state) {
   {
     google::protobuf::io::StringOutputStream stream(&bytes);
     google::protobuf::io::CodedOutputStream coded(&stream);
+  for (const std::string& key : state.answered.order()) {
+    const AnsweredRequests::Entry& entry = *state.answered.Find(key);
+    v1::RequestSnapshot* out = snapshot.add_requests();
+    out->set_key(key);
+    out->set_digest(entry.digest);
+    out->set_time_ms(entry.time_ms);
+  }
     coded.SetSerializationDeterministic(true);  // map fields in one order
     RF_CHECK(snapshot.SerializeToCodedStream(&coded));
   }
@@ -215,3 +224,4 @@ StatusOr<State> ReadSnapshot(std::string_view bytes, const std::string& code_ver
 }
 
 }  // namespace refinery::jobs
+  for (const v1::RequestSnapshot& in : snapshot.requests()) state.answered.Add(in.key(), in.digest(), in.time_ms());

@@ -21,6 +21,7 @@
 #include "common/status.h"
 #include "refinery/v1/events.pb.h"
 #include "refinery/v1/job_service.pb.h"
+#include "server/jobs/requests.h"
 #include "server/plan/plan.h"
 
 namespace refinery::jobs {
@@ -56,6 +57,7 @@ struct TaskState {
   uint32_t crashes = 0;         // attempts that ended without a word since the last checkpoint
   std::set<std::string> avoid;  // workers that are not fit for it
   int unmet_needs = 0;
+  uint32_t losses = 0;          // of its output by the store, after which it ran again
 
   // Volatile.
   std::chrono::milliseconds lease_deadline{0};
@@ -141,7 +143,8 @@ struct State {
 
   std::map<std::string, JobState> jobs;
   std::vector<std::string> order;                         // job ids, oldest first
-  std::unordered_map<std::string, std::string> requests;  // request id -> job id
+  std::unordered_map<std::string, std::string> requests;  // of JobCreated: request id -> job id
+  AnsweredRequests answered;                              // by caller and request id
   std::unordered_map<std::string, CachedResult> results;  // task identity -> result
   std::map<std::string, v1::TenantPolicy> tenants;        // only those that were set
   uint64_t last_seq = 0;

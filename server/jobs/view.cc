@@ -55,6 +55,7 @@ v1::Task TaskToProto(const JobState& job, size_t i, const Now& now) {
   proto.set_peak_memory_bytes(task.peak_memory_bytes);
   for (const std::string& need : planned.needs) proto.add_needs(need);
   proto.set_why(Why(job, i, now));
+  proto.set_losses(task.losses);
   return proto;
 }
 
@@ -76,6 +77,7 @@ v1::Job ToProto(const JobState& job, bool with_tasks, const Now& now) {
   proto.set_end_time_ms(job.end_time_ms);
   if (!job.artifact.digest().empty()) *proto.mutable_artifact() = job.artifact;
   if (!job.report.digest().empty()) *proto.mutable_report() = job.report;
+  if (!job.best_artifact.digest().empty()) *proto.mutable_best() = job.best_artifact;
   proto.set_as_of_seq(job.last_seq);
   proto.set_tasks_total(static_cast<uint32_t>(job.tasks.size()));
   uint32_t done = 0;
@@ -109,6 +111,7 @@ std::string Dump(const State& state) {
                   task.output.ShortDebugString(), " error ", task.error.ShortDebugString(), " checkpoint ",
                   task.checkpoint_step, " ", task.checkpoint.ShortDebugString(), " cost ", task.seconds, " ",
                   task.peak_memory_bytes, " unresolvable '", task.unresolvable, "'\n");
+      if (task.losses > 0) out += Join("    losses ", task.losses, "\n");
       for (const v1::Measurement& measurement : task.measurements) out += Join("    ", measurement.ShortDebugString(), "\n");
       for (const std::string& worker : task.avoid) out += Join("    avoid ", worker, "\n");
     }
@@ -127,6 +130,10 @@ std::string Dump(const State& state) {
     }
   }
   for (const auto& [request, job] : requests) out += Join("request ", request, " ", job, "\n");
+  for (const std::string& key : state.answered.order()) {
+    const AnsweredRequests::Entry& entry = *state.answered.Find(key);
+    out += Join("answered ", key, " ", entry.digest, " ", entry.time_ms, "\n");
+  }
   return out;
 }
 

@@ -27,13 +27,29 @@ void Auditor::OnRecovered(const jobs::Events& log_tail, uint64_t base_seq, uint6
   jobs_ = std::move(model.jobs);
   tenants_ = std::move(model.tenants);
   leases_ = std::move(model.leases);
+  requests_ = std::move(model.requests);
   seq_ = model.seq;
   for (const v1::Event& event : log_tail) OnEvent(event, false);
 }
 
 void Auditor::OnCompacted(uint64_t seq) {
   if (seq != seq_) Fail(Join("a snapshot of ", seq, " events was taken at ", seq_));
-  base_ = {jobs_, tenants_, leases_, seq_};
+  base_ = {jobs_, tenants_, leases_, requests_, seq_};
+}
+
+void Auditor::LoseBlob(size_t which) {
+  constexpr int kMostLosses = 2;
+  if (committed_.empty()) return;
+  const std::string& digest = committed_[which % committed_.size()];
+  if (lost_[digest] < kMostLosses && blobs_.erase(digest) > 0) ++lost_[digest];
+}
+
+std::vector<std::string> Auditor::LostBlobs() const {
+  std::vector<std::string> digests;
+  for (const auto& [digest, count] : lost_) {
+    if (count > 0 && !blobs_.contains(digest)) digests.push_back(digest);
+  }
+  return digests;
 }
 
 void Auditor::Unlease(Job& job, Task& task) {
@@ -54,6 +70,10 @@ void Auditor::CheckCurrent(const v1::Event& event, const Task& task, uint64_t ep
 void Auditor::OnEvent(const v1::Event& event, bool live) {
   if (event.seq() != seq_ + 1) return Fail(Join("event ", event.seq(), " follows event ", seq_));
   seq_ = event.seq();
+  if (event.has_request() && !requests_.insert(event.request().key()).second) {
+    return Fail(Join("the call ", event.request().key(), " was carried out twice"));
+  }
+  if (event.has_request_answered()) return;
   if (event.has_tenant_changed()) {
     tenants_[event.tenant_changed().policy().tenant()] = event.tenant_changed().policy();
     return;
@@ -111,11 +131,22 @@ void Auditor::OnEvent(const v1::Event& event, bool live) {
       CheckCurrent(event, task, committed.epoch());
       if (committed.step() <= task.checkpoint_step) Fail(Join("event ", seq_, " takes a checkpoint back to step ", committed.step()));
       task.checkpoint_step = committed.step();
+      committed_.push_back(committed.checkpoint().digest());
       if (live && !blobs_.contains(committed.checkpoint().digest())) Fail(Join("event ", seq_, " names a checkpoint that is not stored"));
       break;
     }
+    case v1::Event::kArtifactLost: return OnLost(event, TaskOf(event, event.artifact_lost().path()), live);
     default: break;
   }
+}
+
+void Auditor::OnLost(const v1::Event& event, Task& task, bool live) {
+  const v1::ArtifactLost& lost = event.artifact_lost();
+  if (live && blobs_.contains(lost.digest())) Fail(Join("event ", seq_, " says that ", lost.digest(), " is lost; it is stored"));
+  task.checkpoint_step = 0;
+  if (lost.checkpoint()) return;
+  if (!task.done) Fail(Join("event ", seq_, " says that the output of ", lost.path(), " is lost; it has none"));
+  task.done = false;
 }
 
 void Auditor::OnLeased(const v1::Event& event, Job& job, Task& task, bool live) {
@@ -139,7 +170,9 @@ void Auditor::OnFinished(const v1::Event& event, Job& job, Task& task, bool live
   const std::string name = Join(event.job(), "/", finished.path());
   if (task.done) Fail(Join("the result of ", name, " was applied twice"));
   task.done = true;
+  if (!finished.output().digest().empty()) committed_.push_back(finished.output().digest());
   if (finished.cached()) {
+    if (live && !blobs_.contains(finished.output().digest())) Fail(Join("the cached output of ", name, " is not stored"));
     if (task.leased) Fail(Join(name, " was taken from the cache while it was leased"));
     return;
   }

@@ -4,8 +4,10 @@
 // the workers really did. The first contradiction ends the run.
 //
 //   - events have no gap; nothing happens to a job that has ended, unless it is retried; PAUSED and CANCELLING jobs start nothing
+//   - a user's call is carried out once, however often it is repeated
 //   - a task has at most one lease; its epoch only rises; only the current epoch finishes, fails or commits a checkpoint
 //   - a task's result is applied once, it is what that attempt really made, and its bytes are in the store
+//   - a done task runs again only when its output was lost, and no job fails for a loss
 //   - what was acknowledged is in the log after every restart
 //   - a tenant never has more leases than its quota
 //   - no two workers run one task at a time, and none runs what its lease no longer covers
@@ -17,6 +19,7 @@
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
+#include <vector>
 
 #include "server/jobs/core.h"
 #include "tests/simulation/options.h"
@@ -44,7 +47,9 @@ class Auditor {
 
   // What workers do.
   void OnUploaded(const std::string& digest) { blobs_.insert(digest); }
-  void OnBlobLost(const std::string& digest) { blobs_.erase(digest); }
+  // Removes one of the results and checkpoints that were committed so far; none more than twice.
+  void LoseBlob(size_t which);
+  std::vector<std::string> LostBlobs() const;
   bool HasBlob(const std::string& digest) const { return blobs_.contains(digest); }
   void OnMade(const v1::LeaseToken& token, const std::string& digest) { made_[Key(token)] = digest; }
   void OnRunning(const v1::LeaseToken& token, const std::string& worker);
@@ -73,6 +78,7 @@ class Auditor {
   void OnEvent(const v1::Event& event, bool live);
   void OnLeased(const v1::Event& event, Job& job, Task& task, bool live);
   void OnFinished(const v1::Event& event, Job& job, Task& task, bool live);
+  void OnLost(const v1::Event& event, Task& task, bool live);
   Task& TaskOf(const v1::Event& event, const std::string& path) { return jobs_[event.job()].tasks[path]; }
   void Unlease(Job& job, Task& task);
   // The lease ends although its worker may still run the attempt for a moment.
@@ -83,6 +89,7 @@ class Auditor {
     std::unordered_map<std::string, Job> jobs;
     std::map<std::string, v1::TenantPolicy> tenants;
     std::map<std::string, uint32_t> leases;  // by tenant
+    std::set<std::string> requests;          // keys of calls that were carried out
     uint64_t seq = 0;
   };
 
@@ -90,10 +97,13 @@ class Auditor {
   std::unordered_map<std::string, Job> jobs_;
   std::map<std::string, v1::TenantPolicy> tenants_;
   std::map<std::string, uint32_t> leases_;
+  std::set<std::string> requests_;
   uint64_t seq_ = 0;
   Model base_;  // at the last compaction
   uint64_t acknowledged_ = 0;
   std::unordered_set<std::string> blobs_;
+  std::vector<std::string> committed_;                                // results and checkpoints, oldest first
+  std::map<std::string, int> lost_;                                   // how often
   std::unordered_map<std::string, std::string> made_;                 // attempt -> digest of its output
   std::unordered_map<std::string, std::map<std::string, uint64_t>> running_;  // task -> worker -> epoch
   std::set<std::string> suspended_;

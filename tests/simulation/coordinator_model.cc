@@ -151,6 +151,10 @@ void CoordinatorModel::RunTurn() {
   commands.swap(inbox_);
   for (const Command& command : commands) command(turn);
   core_->Tick(turn.now, &turn.events);
+  if (settings_.upkeep_every > 0 && queue_->now() - last_upkeep_ >= settings_.upkeep_every) {
+    last_upkeep_ = queue_->now();
+    core_->OnLost(auditor_->LostBlobs(), turn.now, &turn.events);
+  }
   for (const std::string& job : core_->JobsWithoutReport()) {
     v1::ArtifactRef report;
     report.set_digest(DigestOf("report of " + job));

@@ -28,6 +28,7 @@ struct CoordinatorSettings {
   Time long_poll = 20'000;
   Time synchronize = 1'000;    // while busy
   Time fsync_low = 1, fsync_high = 4;
+  Time upkeep_every = 0;       // between two looks for lost blobs; 0 = never
   uint64_t compact_every = 0;  // events; 0 = keep the whole log
   bool compare = true;         // replay the log and compare at every restart
   Mutations mutations;
@@ -115,6 +116,7 @@ class CoordinatorModel {
   Time turn_at_ = -1;        // of the next turn; -1 = none is planned
   Time extra_fsync_ = 0;
   Time last_turn_ = -1'000'000;
+  Time last_upkeep_ = 0;
   int64_t unix_jump_ = 0;
   Time steady_offset_ = 0;   // a steady clock starts anywhere
 };

@@ -37,6 +37,7 @@ void Add(const Result& result, Result* total) {
 void SetMutation(const std::string& name, Mutations* mutations) {
   mutations->core.ignore_epoch |= name == "ignore_epoch";
   mutations->core.no_grace |= name == "no_grace";
+  mutations->core.ignore_losses |= name == "ignore_losses";
   mutations->commit_before_blob |= name == "commit_before_blob";
   mutations->reply_before_append |= name == "reply_before_append";
   mutations->no_fence |= name == "no_fence";
@@ -55,7 +56,7 @@ int Main(int argc, char** argv) {
   app.add_option("--hours", options.hours, "simulate one long run of so many hours");
   app.add_option("--faults-per-hour", options.faults_per_hour, "of each worker, in the long run");
   app.add_option("--shards", options.shards, "tasks of the widest stage of a job of the long run");
-  app.add_option("--mutate", mutation, "plant a bug: ignore_epoch no_grace commit_before_blob reply_before_append no_fence");
+  app.add_option("--mutate", mutation, "plant a bug: ignore_epoch no_grace ignore_losses commit_before_blob reply_before_append no_fence");
   app.add_flag("--verbose", options.verbose);
   CLI11_PARSE(app, argc, argv);
   for (size_t at = 0; at < only.size();) {

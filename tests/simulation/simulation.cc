@@ -98,6 +98,7 @@ std::string CommandOf(const SimulationOptions& options) {
   const Mutations& mutations = options.mutations;
   if (mutations.core.ignore_epoch) command += " --mutate ignore_epoch";
   if (mutations.core.no_grace) command += " --mutate no_grace";
+  if (mutations.core.ignore_losses) command += " --mutate ignore_losses";
   if (mutations.commit_before_blob) command += " --mutate commit_before_blob";
   if (mutations.reply_before_append) command += " --mutate reply_before_append";
   if (mutations.no_fence) command += " --mutate no_fence";

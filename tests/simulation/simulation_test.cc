@@ -62,6 +62,7 @@ TEST_P(PlantedBugTest, IsFound) {
 INSTANTIATE_TEST_SUITE_P(Bugs, PlantedBugTest,
                          ::testing::Values(Bug{"EpochIgnored", {.core = {.ignore_epoch = true}}},
                                            Bug{"NoGraceAfterARestart", {.core = {.no_grace = true}}},
+                                           Bug{"LossIgnored", {.core = {.ignore_losses = true}}},
                                            Bug{"CommitBeforeBlob", {.commit_before_blob = true}},
                                            Bug{"ReplyBeforeAppend", {.reply_before_append = true}},
                                            Bug{"NoFenceOnTheWorker", {.no_fence = true}}),

@@ -150,6 +150,15 @@ void WorkerModel::Drop(const std::string& key) {
   attempts_.erase(found);
 }
 
+// What the attempt would fail to download.
+std::string WorkerModel::MissingOf(const v1::Lease& lease) const {
+  for (const v1::ArtifactRef& input : lease.spec().inputs()) {
+    if (!world_->auditor.HasBlob(input.digest())) return Join("input '", input.name(), "'");
+  }
+  const std::string& checkpoint = lease.checkpoint().digest();
+  return checkpoint.empty() || world_->auditor.HasBlob(checkpoint) ? "" : "the checkpoint";
+}
+
 void WorkerModel::Begin(const v1::Lease& lease) {
   const std::string key = KeyOf(lease.token());
   if (attempts_.contains(key)) return;
@@ -159,19 +168,23 @@ void WorkerModel::Begin(const v1::Lease& lease) {
   attempt.total = static_cast<int>(random.Between(2, 6));
   attempt.step = random.Between(world_->scenario.step_low, world_->scenario.step_high);
   *attempt.end.mutable_lease() = lease.token();
-  for (const v1::ArtifactRef& input : lease.spec().inputs()) {
-    if (!world_->auditor.HasBlob(input.digest()) && !world_->Is(kBlobLoss)) {
-      world_->auditor.Fail(Join(key, " was leased with an input that is not stored: ", input.name()));
-    }
+  std::string missing = MissingOf(lease);
+  if (!missing.empty() && (world_->scenario.faults & kBlobLoss) == 0) {
+    world_->auditor.Fail(Join(key, " was leased with an input that is not stored: ", missing));
   }
-  if (world_->Is(kTaskFailure) && random.Chance(world_->scenario.task_failure)) {
+  if (!missing.empty()) {
+    attempt.total = 1;
+    attempt.end.mutable_error()->set_failure_class(v1::INFRA);
+    attempt.end.mutable_error()->set_code(static_cast<int>(absl::StatusCode::kNotFound));
+    attempt.end.mutable_error()->set_message(Join(missing, " is not in the store"));
+  } else if (world_->Is(kTaskFailure) && random.Chance(world_->scenario.task_failure)) {
     attempt.end.mutable_error()->set_failure_class(RandomClass(random));
     attempt.end.mutable_error()->set_message("it broke");
   } else {
     SetOutcome(lease.spec(), &attempt.end);
     if (attempt.end.has_success()) attempt.end.mutable_success()->set_seconds(static_cast<double>(attempt.step * attempt.total) / 1e3);
   }
-  if (world_->Is(kTaskHang) && random.Chance(world_->scenario.task_hang)) {
+  if (missing.empty() && world_->Is(kTaskHang) && random.Chance(world_->scenario.task_hang)) {
     attempt.hangs_at = static_cast<int>(random.Between(1, attempt.total - 1));
   }
   Say(Join("begins ", key));

@@ -43,6 +43,7 @@ class WorkerModel {
   void OnSynchronized(Time sent, const v1::SynchronizeResponse& response);
   Time FenceTime() const;
   void Fence();
+  std::string MissingOf(const v1::Lease& lease) const;
   void Begin(const v1::Lease& lease);
   void Step(const std::string& key);
   void Finish(const std::string& key);

@@ -71,6 +71,7 @@ void World::Plan() {
     planned_.push_back(fault);
   }
   scenario.faults &= options.faults;
+  scenario.coordinator.upkeep_every = options.seed % 3 == 0 ? 30'000 : 0;
   if (options.jobs > 0) scenario.jobs = options.jobs;
   if (options.workers > 0) scenario.workers = options.workers;
   scenario.limit = scenario.fault_end + 12 * 60 * kMinute;
@@ -158,6 +159,7 @@ void World::StartFault(const PlannedFault& fault) {
     case kSlowDisk: coordinator->set_disk(full_disk_, fault.duration / 4); break;
     case kFullDisk: coordinator->set_disk(full_disk_ = true, 0); break;
     case kUserAction: UserAction(fault.target, fault.variant); return;
+    case kBlobLoss: auditor.LoseBlob(static_cast<size_t>(fault.target)); return;
     default: return;
   }
   queue.After(fault.duration, [this, fault] { EndFault(fault); });
@@ -226,7 +228,9 @@ void World::SubmitJobs() {
 
 void World::UserAction(int target, int variant) {
   const std::string id = Join("job-", target % scenario.jobs);
-  Call("action", [id, variant](CoordinatorModel::Turn& turn) -> Status {
+  v1::RequestMark mark;
+  mark.set_key(Join("user/", ++calls_));
+  const auto action = [id, variant](CoordinatorModel::Turn& turn) -> Status {
     jobs::Core& core = turn.core;
     switch (variant % 12) {
       case 0: return core.CancelJob(id, "the user", turn.now, &turn.events);
@@ -249,6 +253,9 @@ void World::UserAction(int target, int variant) {
         return core.SetPolicy(id, policy, turn.now, &turn.events);
       }
     }
+  };
+  Call("action", [mark, action](CoordinatorModel::Turn& turn) {
+    return turn.core.Once(mark, turn.now, &turn.events, [&] { return action(turn); });
   }, 3);
 }
 
@@ -272,7 +279,10 @@ void World::CheckEnd() {
     if (job.artifact.digest() == known->second) continue;
     auditor.Fail(Join(id, " ended with the artifact ", job.artifact.digest(), ", undisturbed it is ", known->second));
   }
-  constexpr uint32_t kHarmless = kCoordinatorPause | kMessageDuplication | kClockJump | kSlowDisk;
+  for (const auto& [id, job] : coordinator->core().state().jobs) {
+    if (job.reason.find("not in the store") != std::string::npos) auditor.Fail(Join(id, " failed for a loss: ", job.reason));
+  }
+  constexpr uint32_t kHarmless = kCoordinatorPause | kMessageDuplication | kClockJump | kSlowDisk | kBlobLoss;
   if ((scenario.faults & ~kHarmless) == 0 && options.hours == 0) {
     for (const auto& [id, job] : coordinator->core().state().jobs) {
       const bool diverged = job.reason.find("every trial diverged") != std::string::npos;

@@ -85,6 +85,7 @@ class World {
   std::map<std::string, Cut> cuts_;
   std::set<std::string> submitted_;  // and acknowledged
   int unsubmitted_ = 0;
+  int calls_ = 0;                    // of users, with request ids
   bool full_disk_ = false;
 };
 

@@ -12,6 +12,7 @@ namespace {
 using simd::Bf16;
 
 constexpr int64_t kManyRows = 32;
+constexpr int64_t kMostInputs = 4096;
 
 Bf16* Data(const at::Tensor& tensor) { return tensor.defined() ? static_cast<Bf16*>(tensor.data_ptr()) : nullptr; }
 
@@ -60,6 +61,21 @@ at::Tensor Matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   const at::Tensor y = at::empty({rows, outputs}, x.options());
   RunUnits({.x = Data(x), .rows = rows, .inputs = x.size(1), .x_stride = x.stride(0), .weight = Data(weight), .outputs = outputs,
             .bias = Data(bias), .residual = Data(residual), .y = Data(y), .y_stride = outputs});
+  return y;
+}
+
+at::Tensor MatmulByInputs(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& residual) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(0), "MatmulByInputs: x ", x.sizes(), ", weight ", weight.sizes());
+  TORCH_CHECK(!residual.defined() || (residual.size(0) == x.size(0) && residual.size(1) == weight.size(1)), "MatmulByInputs: residual ",
+              residual.sizes());
+  const bool fits = !residual.defined() || (residual.is_contiguous() && residual.scalar_type() == at::kBFloat16);
+  // A panel holds 64 columns of all inputs: it must stay in the second-level cache.
+  if (!fits || x.size(1) > kMostInputs || !TakesPairMatmul(x, weight)) {
+    return residual.defined() ? at::addmm(residual, x, weight) : at::mm(x, weight);
+  }
+  const at::Tensor y = at::empty({x.size(0), weight.size(1)}, x.options());
+  RunUnits({.x = Data(x), .rows = x.size(0), .inputs = x.size(1), .x_stride = x.stride(0), .weight = Data(weight),
+            .outputs = weight.size(1), .by_inputs = true, .residual = Data(residual), .y = Data(y), .y_stride = weight.size(1)});
   return y;
 }
 

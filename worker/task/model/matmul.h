@@ -17,6 +17,9 @@ bool TakesPairMatmul(const at::Tensor& x, const at::Tensor& weight);
 // x [T, in], weight [out, in], bias [out] or undefined, residual [T, out] or undefined -> [T, out].
 at::Tensor Matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& residual = {});
 
+// x W + residual, the product of gradients: x [T, in], weight [in, out], residual [T, out] or undefined -> [T, out].
+at::Tensor MatmulByInputs(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& residual = {});
+
 // silu(x gate^T) * (x up^T).  x [T, in], gate and up [out, in] -> [T, out]
 at::Tensor GatedMatmul(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up);
 

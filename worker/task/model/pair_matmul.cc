@@ -51,6 +51,19 @@ void LayRows(const Bf16* weight, int64_t inputs, int64_t begin, int64_t count, i
   }
 }
 
+// Columns [begin, begin + count) of W [inputs, outputs] as a panel; columns beyond are zero.
+RF_BF16_TARGET void LayColumns(const Bf16* weight, int64_t inputs, int64_t outputs, int64_t begin, int64_t count, uint32_t* panel) {
+  for (int64_t c = 0; c < inputs; c += 2, panel += kPanelOutputs) {
+    const Bf16 *even = weight + c * outputs + begin, *odd = even + outputs;
+    for (int v = 0; v < kVectors; ++v) {
+      const __mmask16 mask = LanesBelow(count - 16 * v);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + 16 * v));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + 16 * v));
+      _mm512_store_si512(panel + 16 * v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+
 RF_BF16_INLINE __m512 Silu(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), Exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
@@ -114,7 +127,11 @@ void PairMatmulUnit(const PairMatmul& m, int64_t unit, PairPanel& panel) {
   const int64_t begin = index * width, count = std::min(width, m.outputs - begin);
   if (panel.weight != m.weight || panel.index != index) {
     const int vectors = m.up != nullptr ? kVectors / 2 : kVectors;
-    LayRows(m.weight, m.inputs, begin, count, 0, vectors, panel.numbers);
+    if (m.by_inputs) {
+      LayColumns(m.weight, m.inputs, m.outputs, begin, count, panel.numbers);
+    } else {
+      LayRows(m.weight, m.inputs, begin, count, 0, vectors, panel.numbers);
+    }
     if (m.up != nullptr) LayRows(m.up, m.inputs, begin, count, vectors, vectors, panel.numbers);
     panel.weight = m.weight;
     panel.index = index;

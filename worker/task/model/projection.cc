@@ -51,7 +51,7 @@ at::Tensor BaseBackward(const at::Tensor& dy, const variable_list& weights) {
   for (const at::Tensor& weight : weights) {
     const at::Tensor part = dy.narrow(1, column, weight.size(0));
     column += weight.size(0);
-    dx = dx.defined() ? dx.addmm_(part, weight) : at::mm(part, weight);
+    dx = MatmulByInputs(part, weight, dx);
   }
   return dx;
 }

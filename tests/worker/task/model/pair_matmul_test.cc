@@ -41,13 +41,14 @@ class PairMatmulTest : public ::testing::Test {
   }
 };
 
-// Goal: y = x W^T + b + residual for any numbers of rows, inputs and outputs, rounded once; a row's bits do not depend on others.
+// Goal: y = x W^T + b + residual for any numbers of rows, inputs and outputs, rounded once, W in either layout; a row's bits do not
+// depend on others.
 // Oracle: the product in float64.
 TEST_F(PairMatmulTest, ProductBiasAndResidual) {
   for (const int64_t inputs : {2, 30, 66, 576}) {
     for (const int64_t outputs : {1, 16, 63, 64, 100, 192}) {
       at::manual_seed(static_cast<uint64_t>(inputs + outputs));
-      const at::Tensor weight = RandomHalves({outputs, inputs}), bias = RandomHalves({outputs});
+      const at::Tensor weight = RandomHalves({outputs, inputs}), turned = weight.t().contiguous(), bias = RandomHalves({outputs});
       const at::Tensor all = RandomHalves({400, inputs}), residuals = RandomHalves({400, outputs});
       at::Tensor first;
       for (const int64_t rows : {1, 5, 6, 7, 131, 400}) {
@@ -60,6 +61,11 @@ TEST_F(PairMatmulTest, ProductBiasAndResidual) {
           const at::Tensor allowed = expected.abs() / 250 + 1e-5 * std::sqrt(inputs);  // half a unit of 8 bits, and sums in float32
           EXPECT_TRUE((y.to(at::kDouble) - expected).abs().le(allowed).all().item<bool>())
               << rows << " x " << inputs << " x " << outputs << (with_all ? ", all" : "");
+          const at::Tensor again = residuals.narrow(0, 0, rows).clone();
+          RunAll({.x = Data(x), .rows = rows, .inputs = inputs, .x_stride = inputs, .weight = Data(turned), .outputs = outputs,
+                  .by_inputs = true, .bias = with_all ? Data(bias) : nullptr, .residual = with_all ? Data(again) : nullptr,
+                  .y = Data(again), .y_stride = outputs});
+          EXPECT_TRUE(at::equal(again, y)) << rows << " x " << inputs << " x " << outputs << " by inputs";
           if (!with_all) continue;
           if (!first.defined()) first = y[0].clone();
           EXPECT_TRUE(at::equal(y[0], first)) << rows << " x " << inputs << " x " << outputs;

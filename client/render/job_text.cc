@@ -99,18 +99,43 @@ std::string JobTable(const v1::ListJobsResponse& jobs) {
   return TableText({"JOB", "RECIPE", "STATE", "TASKS", "CREATED", "REASON"}, rows);
 }
 
+namespace {
+
+// "cpu,cuda:0 (NVIDIA H200, 139.8 GiB)"
+std::string DevicesText(const v1::WorkerInfo& worker) {
+  std::string text;
+  for (const std::string& name : worker.devices()) {
+    text += Join(text.empty() ? "" : ",", Printable(name));
+    for (const v1::Device& device : worker.device_details()) {
+      if (device.name() != name || device.model().empty()) continue;
+      text += Join(" (", Printable(device.model()),
+                   device.memory_bytes() == 0 ? "" : ", " + SizeText(static_cast<double>(device.memory_bytes())), ")");
+    }
+  }
+  return text;
+}
+
+std::string LabelsText(const v1::WorkerInfo& worker) {
+  const std::map<std::string, std::string> labels(worker.labels().begin(), worker.labels().end());
+  std::string text;
+  for (const auto& [key, value] : labels) text += Join(text.empty() ? "" : ",", Printable(key), "=", Printable(value));
+  return text.empty() ? "-" : text;
+}
+
+}  // namespace
+
 std::string WorkerTable(const v1::ListWorkersResponse& workers) {
   std::vector<std::vector<std::string>> rows;
   for (const v1::WorkerInfo& worker : workers.workers()) {
-    std::string devices, running;
-    for (const std::string& device : worker.devices()) devices += (devices.empty() ? "" : ",") + device;
+    std::string running;
     for (const std::string& task : worker.running()) running += (running.empty() ? "" : ",") + task;
     rows.push_back({worker.id(), worker.state(), worker.host(), Join(worker.threads()),
-                    SizeText(static_cast<double>(worker.memory_bytes())), devices,
+                    SizeText(static_cast<double>(worker.memory_bytes())), DevicesText(worker),
+                    worker.free_disk_bytes() == 0 ? "-" : SizeText(static_cast<double>(worker.free_disk_bytes())), LabelsText(worker),
                     Join(DurationText(static_cast<double>(worker.last_seen_ms_ago()) * 1e-3), " ago"),
                     running.empty() ? "-" : running});
   }
-  return TableText({"WORKER", "STATE", "HOST", "THREADS", "MEMORY", "DEVICES", "SEEN", "RUNNING"}, rows);
+  return TableText({"WORKER", "STATE", "HOST", "THREADS", "MEMORY", "DEVICES", "FREE DISK", "LABELS", "SEEN", "RUNNING"}, rows);
 }
 
 std::string JobDescription(const v1::Job& job) {
@@ -121,6 +146,9 @@ std::string JobDescription(const v1::Job& job) {
   text += Join("Tasks     ", job.tasks_done(), " of ", job.tasks_total(), " done\n");
   if (job.has_artifact())
     text += Join("Artifact  ", job.artifact().digest(), " (", SizeText(static_cast<double>(job.artifact().size())), ")\n");
+  if (job.has_best())
+    text += Join("Best      ", job.best().digest(), " (", SizeText(static_cast<double>(job.best().size())),
+                 "): the adapter of its best trial; no model was exported\n");
   if (job.has_report()) text += Join("Report    ", job.report().digest(), "\n");
   if (job.tasks_size() > 0) text += Join("\n", TaskTable(job));
   if (job.trials_size() > 0) text += Join("\n", TrialTable(job));
@@ -150,6 +178,9 @@ std::string EventText(const v1::Event& event) {
     case v1::Event::kLeaseExpired:
       return Join(event.lease_expired().path(), ": lost on ", event.lease_expired().worker(), " (",
                   event.lease_expired().reason(), "); it will be tried again");
+    case v1::Event::kArtifactLost:
+      return Join(event.artifact_lost().path(), event.artifact_lost().checkpoint() ? ": its checkpoint was lost; it starts anew"
+                                                                                   : ": its output was lost; it runs again");
     case v1::Event::kTaskNote:
       return Join(event.task_note().path(), ": note ", event.task_note().note().code(), ": ",
                   FirstLine(event.task_note().note().text()));

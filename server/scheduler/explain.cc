@@ -62,7 +62,9 @@ Wait ExplainQuota(const jobs::State& state, const JobState& job, const v1::Requi
 Wait ExplainWorkers(const jobs::State& state, const JobState& job, const TaskState& task, const v1::Requirements& needs,
                     const std::vector<Worker>& workers) {
   size_t fit = 0, free = 0, avoided = 0, slots = 0;
+  std::vector<const v1::WorkerInfo*> infos;
   for (const Worker& worker : workers) {
+    if (!worker.draining) infos.push_back(worker.info);
     if (worker.draining || !CanEver(worker.info, needs)) continue;
     ++fit;
     if (worker.free_slots == 0) continue;
@@ -72,7 +74,10 @@ Wait ExplainWorkers(const jobs::State& state, const JobState& job, const TaskSta
   }
   if (workers.empty()) return {v1::WAIT_NO_WORKER, "no worker is connected"};
   if (fit == 0) {
-    return {v1::WAIT_NO_MATCH, Join("it needs ", Describe(needs), ", which none of the ", workers.size(), " workers has")};
+    if (infos.empty()) return {v1::WAIT_NO_WORKER, Join("every worker drains, all ", workers.size(), " of them")};
+    return {v1::WAIT_NO_MATCH, Join("it needs ", Describe(needs), ", which ",
+                                    infos.size() == 1 ? "the one worker has not" : Join("none of the ", infos.size(), " workers has"),
+                                    ": ", WhyNone(infos, needs))};
   }
   if (free == 0) {
     return {v1::WAIT_NO_FREE_WORKER, Join(fit == 1 ? "the one worker" : Join("all ", fit, " workers"), " that could take it ",

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "refinery/v1/job_service.pb.h"
 
@@ -20,6 +21,15 @@ struct Used {
 bool CanEver(const v1::WorkerInfo* worker, const v1::Requirements& needs);
 // Whether it can now, besides what it runs.
 bool CanNow(const v1::WorkerInfo* worker, const Used& used, const v1::Requirements& needs);
+
+// Whether it has devices beside its processor. Those of `Requirements.devices` are meant, unless that names "cpu".
+bool HasAccelerators(const v1::WorkerInfo* worker);
+bool NeedsAccelerators(const v1::Requirements& needs);
+
+// Why none of the workers could ever run the task, in numbers: for each thing asked for that some lack how many do, and what the
+// best of them has. "2 of them have too few devices (at most 1), 1 lacks the label zone=a". Null stands for a worker of which
+// nothing is known.
+std::string WhyNone(const std::vector<const v1::WorkerInfo*>& workers, const v1::Requirements& needs);
 
 // "2 devices H200 with 80 GiB each, 64 GiB memory, label zone=a"; "any worker" when nothing is asked for.
 std::string Describe(const v1::Requirements& needs);

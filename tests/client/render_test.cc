@@ -28,6 +28,27 @@ TEST(RenderTest, TablesAlignByCharacters) {
   EXPECT_EQ(TableText({"A", "B"}, {{"wörd", "1"}, {"x", "2"}}), "A     B\nwörd  1\nx     2\n");
 }
 
+TEST(RenderTest, WorkersShowTheirDevicesDiskAndLabels) {
+  v1::ListWorkersResponse workers;
+  v1::WorkerInfo* worker = workers.add_workers();
+  worker->set_id("w");
+  worker->set_free_disk_bytes(uint64_t{200} << 30);
+  (*worker->mutable_labels())["zone"] = "a";
+  (*worker->mutable_labels())["rack"] = "7\x1b[2J";
+  worker->add_devices("cpu");
+  worker->add_devices("cuda:0");
+  v1::Device* device = worker->add_device_details();
+  device->set_name("cuda:0");
+  device->set_model("NVIDIA H200");
+  device->set_memory_bytes(uint64_t{140} << 30);
+  workers.add_workers()->set_id("plain");
+  const std::string table = WorkerTable(workers);
+  EXPECT_NE(table.find(Join("cpu,cuda:0 (NVIDIA H200, ", SizeText(140.0 * (1 << 30)), ")")), std::string::npos) << table;
+  EXPECT_NE(table.find(SizeText(200.0 * (1 << 30))), std::string::npos) << table;
+  EXPECT_NE(table.find("zone=a"), std::string::npos) << table;
+  EXPECT_EQ(table.find('\x1b'), std::string::npos);
+}
+
 TEST(RenderTest, Durations) {
   EXPECT_EQ(DurationText(0.25), "250 ms");
   EXPECT_EQ(DurationText(42), "42 s");

@@ -20,7 +20,6 @@ using std::chrono::milliseconds;
 constexpr milliseconds kConnectWait{3'000};
 constexpr int64_t kMaxSkewMs = 5'000;
 constexpr int kExpiryWarningDays = 14;
-constexpr double kDiskWarning = 0.90, kDiskReadOnly = 0.97;
 
 enum class Grade { kOk, kWarning, kFailed };
 
@@ -124,10 +123,11 @@ void CheckCoordinator(const std::shared_ptr<grpc::Channel>& channel, Doctor& doc
                   " wait", info.state() == "draining" ? "; `refinery admin drain --off` grants leases again" : ""));
   if (info.disk_bytes() > 0) {
     const double used = 1 - static_cast<double>(info.disk_free_bytes()) / static_cast<double>(info.disk_bytes());
-    const Grade grade = used > kDiskReadOnly ? Grade::kFailed : used > kDiskWarning ? Grade::kWarning : Grade::kOk;
+    const Grade grade = info.disk_state() == "read_only" ? Grade::kFailed : info.disk_state() == "full" ? Grade::kWarning : Grade::kOk;
     doctor.Say(grade, "disk", Join(static_cast<int>(100 * used), " % used, ", info.disk_free_bytes() >> 30, " GiB free",
-                                   grade == Grade::kOk ? "" : "; above 90 % no new work is admitted, above 97 % nothing is "
-                                                              "written: free space or grow the disk"));
+                                   grade == Grade::kOk        ? ""
+                                   : grade == Grade::kWarning ? ": no new work is admitted; free space or grow the disk"
+                                                              : ": nothing is written; free space or grow the disk"));
   }
 }
 

@@ -34,7 +34,10 @@ grpc::ServerUnaryReactor* Answer(Coordinator* coordinator, security::Gate* gate,
   coordinator->Post([reactor, call = *std::move(call), command = std::move(command)](Coordinator::Turn& turn) {
     const Status status = command(turn, *call);
     call->set_outcome(status);
-    turn.replies.push_back([reactor, call, status] { reactor->Finish(ToGrpc(status)); });
+    turn.replies.push_back([reactor, call, status](const Status& committed) {
+      if (!committed.ok()) call->set_outcome(committed);  // nothing of what it did is left
+      reactor->Finish(ToGrpc(committed.ok() ? status : committed));
+    });
   });
   return reactor;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 
+#include "common/error_details.h"
 #include "server/api/coordinator.h"
 #include "server/store/failpoint.h"
 #include "server/store/snapshots.h"
@@ -92,25 +93,54 @@ StatusOr<Coordinator::EventPage> Coordinator::EventsOf(const jobs::JobState& job
 Status Coordinator::CheckDisk(Disk worst) const {
   if (disk_ <= worst) return absl::OkStatus();
   const bool read_only = disk_ == Disk::kReadOnly;
-  return ResourceExhausted("the disk of the coordinator's state folder is more than ",
-                           Percent(read_only ? options_.read_only_above : options_.stop_admitting_above), " % full; until space is "
-                           "freed below ", options_.state.string(), read_only ? " nothing is taken in" : " no new work is taken on");
+  const std::string full = log_full_ ? Join("the event log in ", options_.state.string(), " could not be written for want of room")
+                                     : Join("the disk of the coordinator's state folder ", options_.state.string(), " has ",
+                                            (read_only ? options_.disk_read_only : options_.disk_full).Words());
+  return WithRetryAfter(WithReason(ResourceExhausted(full, "; until space is freed there ",
+                                                     read_only ? "nothing is taken in" : "no new work is taken on"), "DISK_FULL"),
+                        std::chrono::seconds(1));
+}
+
+// Events of the turn could not be written, so it must not have been. Reading it all again takes as long as a restart does.
+void Coordinator::TakeBack(const Status& why) {
+  spdlog::error("read-only until there is room; what could not be written is taken back: {}", Message(why));
+  const Status rebuilt = core_->Rebuild([this] { return Recover(); });
+  if (!rebuilt.ok()) {
+    spdlog::critical("stopping, because the state cannot be made anew from the log: {}", Message(rebuilt));
+    std::_Exit(1);
+  }
+  log_full_ = true;
+  disk_ = Disk::kReadOnly;
+  core_->SetReadOnly(CheckDisk(Disk::kFull));
+  references_.clear();  // its place in the order of jobs may not exist any more
+  references_next_ = 0;
+}
+
+// Once a second while the log is full.
+void Coordinator::GoOnIfThereIsRoom() {
+  if (!log_full_ || !log_->TryWriting().ok()) return;
+  Post([this](Turn& turn) {
+    spdlog::info("the event log can be written again");
+    log_full_ = false;
+    core_->SetReadOnly(absl::OkStatus());
+    core_->StartGrace(turn.now, &turn.events);
+  });
 }
 
 // Once a second.
 void Coordinator::LookAfter(const jobs::Now& now) {
+  GoOnIfThereIsRoom();
   if (const StatusOr<store::DiskSpace> space = blobs_->Space(); space.ok()) {
-    const double used = space->used();
-    const Disk disk = used > options_.read_only_above        ? Disk::kReadOnly
-                      : used > options_.stop_admitting_above ? Disk::kFull
-                                                             : Disk::kOk;
+    const Disk disk = log_full_ || options_.disk_read_only.IsPassed(*space) ? Disk::kReadOnly
+                      : options_.disk_full.IsPassed(*space)                 ? Disk::kFull
+                                                                            : Disk::kOk;
     if (disk != disk_) {
-      spdlog::log(disk == Disk::kOk ? spdlog::level::info : spdlog::level::err, "disk used={} % of {}: {}", Percent(used),
+      spdlog::log(disk == Disk::kOk ? spdlog::level::info : spdlog::level::err, "disk used={} % of {}: {}", Percent(space->used()),
                   options_.state.string(), disk == Disk::kOk ? "all work is taken on again"
                                            : disk == Disk::kFull ? "no new jobs and leases" : "read-only");
     }
     disk_ = disk;
-    metrics_.OnDisk(used, disk != Disk::kOk, disk == Disk::kReadOnly);
+    metrics_.OnDisk(space->used(), disk != Disk::kOk, disk == Disk::kReadOnly);
   }
   CheckLogIfDue();
   MakeSnapshotIfDue();
@@ -152,7 +182,7 @@ void Coordinator::MakeSnapshotIfDue() {
 // A part of one old job's events at a time: removing is as durable as adding, and the loop must not stand still for it.
 void Coordinator::CompactOne(const jobs::Now& now) {
   const std::vector<std::string>& order = core_->state().order;
-  if (older_snapshot_seq_ == 0 || order.empty()) return;
+  if (older_snapshot_seq_ == 0 || order.empty() || log_full_) return;
   for (size_t looked = 0; looked < std::min<size_t>(order.size(), 1000); ++looked) {
     if (compact_next_ >= order.size()) compact_next_ = 0;
     const jobs::JobState& job = core_->state().jobs.at(order[compact_next_]);
@@ -180,13 +210,19 @@ void Coordinator::CollectIfDue(const jobs::Now& now) {
   }
   if (references_next_ < order.size()) return;  // goes on in a second; what is referred to from now on was asked for
   collecting_ = upkeep_.Start([this, artifacts = std::move(references_), steady = now.steady] {
-    const StatusOr<store::BlobStore::Swept> swept = Collect(*blobs_, artifacts, steady, options_.collect_grace);
-    Post([this, swept](Turn& turn) {
+    const StatusOr<Collected> collected = Collect(*blobs_, artifacts, steady, options_.collect_grace);
+    Post([this, collected, gone = access_.Gone(*blobs_)](Turn& turn) {
       collecting_ = false;
       collected_ = turn.now.steady;
-      if (!swept.ok()) return spdlog::error("collecting blobs failed: {}", Message(swept.status()));
-      metrics_.OnCollected(swept->deleted_bytes);
-      spdlog::info("collected blobs={} bytes={} candidates={}", swept->deleted, swept->deleted_bytes, swept->candidates);
+      if (!collected.ok()) return spdlog::error("collecting blobs failed: {}", Message(collected.status()));
+      const store::BlobStore::Swept& swept = collected->swept;
+      metrics_.OnCollected(swept.deleted_bytes);
+      spdlog::info("collected blobs={} bytes={} candidates={} lost={}", swept.deleted, swept.deleted_bytes, swept.candidates,
+                   collected->lost.size());
+      turn.core.OnLost(collected->lost, turn.now, &turn.events);
+      if (gone.empty() || disk_ == Disk::kReadOnly) return;
+      const Status forgotten = log_->RemoveOwners(access_.Forget(*blobs_, gone));
+      if (!forgotten.ok()) spdlog::error("{}", Message(forgotten));
     });
   });
   references_.clear();

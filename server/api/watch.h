@@ -25,7 +25,9 @@ namespace refinery::api {
 
 // What both have in common: one write at a time, one end.
 template <typename Response>
-class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinator::Stream {
+class FollowStream : public grpc::ServerWriteReactor<Response>,
+                     public Coordinator::Stream,
+                     public std::enable_shared_from_this<FollowStream<Response>> {
  public:
   FollowStream(Coordinator* coordinator, std::shared_ptr<security::Call> call, std::string id)
       : coordinator_(coordinator), call_(std::move(call)), id_(std::move(id)) {}
@@ -34,7 +36,7 @@ class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinat
   static FollowStream* Start(std::shared_ptr<FollowStream> stream) {
     stream->self_ = stream;
     stream->coordinator_->Post([stream](Coordinator::Turn& turn) {
-      turn.replies.push_back([stream] { stream->coordinator_->AddStream(stream); });
+      turn.replies.push_back([stream](const Status&) { stream->coordinator_->AddStream(stream); });
     });
     return stream.get();
   }
@@ -66,8 +68,9 @@ class FollowStream : public grpc::ServerWriteReactor<Response>, public Coordinat
       if (!ok) self->cancelled_ = true;
     });
   }
+  // Beside everything but OnDone, so `self_` is not looked at.
   void OnCancel() final {
-    coordinator_->Post([self = self_](Coordinator::Turn&) {
+    coordinator_->Post([self = this->shared_from_this()](Coordinator::Turn&) {
       self->cancelled_ = true;
       self->Wake();
     });

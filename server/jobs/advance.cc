@@ -64,7 +64,7 @@ void Core::EmitJobFinished(const JobState& job, v1::JobFinished::Outcome outcome
 
 void Core::Fail(const std::string& id, const std::string& reason, const Now& now, Events* events) {
   JobState& job = Job(id);
-  if (!IsTerminal(job.state)) EmitJobFinished(job, v1::JobFinished::FAILED, reason, now, events);
+  if (read_only_.ok() && !IsTerminal(job.state)) EmitJobFinished(job, v1::JobFinished::FAILED, reason, now, events);
 }
 
 // Notices that the budget is used up.
@@ -194,6 +194,7 @@ std::vector<std::string> Core::JobsWithoutReport() const {
 Status Core::WriteReport(const std::string& id, const v1::ArtifactRef& report, const Now& now, Events* events) {
   RF_ASSIGN_OR_RETURN(const JobState* job, FindJob(id));
   if (IsTerminal(job->state) || !job->report.digest().empty()) return absl::OkStatus();
+  RF_RETURN_IF_ERROR(read_only_);
   v1::Event event;
   *event.mutable_report_written()->mutable_report() = report;
   Emit(id, std::move(event), now, events);

@@ -32,7 +32,8 @@ Status WriteAt(const fs::path& file, uint64_t offset, std::string_view text) {
     const ssize_t n = pwrite(fd, text.data(), text.size(), static_cast<off_t>(offset));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) {
-      status = Unavailable(file.string(), ": cannot be written: ", std::strerror(errno));
+      const std::string text_of_error = Join(file.string(), ": cannot be written: ", std::strerror(errno));
+      status = errno == ENOSPC || errno == EDQUOT ? ResourceExhausted(text_of_error) : Unavailable(text_of_error);
       break;
     }
     offset += n;

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "absl/strings/str_format.h"
 #include "common/files.h"
 #include "server/store/failpoint.h"
 
@@ -46,8 +47,8 @@ fs::path BlobStore::BlobPath(const std::string& digest) const {
   return state_ / "cas" / digest.substr(kHexStart, 2) / digest.substr(kHexStart);
 }
 
-fs::path BlobStore::PartialPath(const std::string& digest) const {
-  return state_ / "tmp" / (digest.substr(kHexStart) + ".partial");
+fs::path BlobStore::PartialPath(const std::string& digest, const std::string& scope) const {
+  return state_ / "tmp" / Join(digest.substr(kHexStart), scope.empty() ? "" : ".", scope, ".partial");
 }
 
 StatusOr<DiskSpace> SpaceOf(const fs::path& path) {
@@ -75,6 +76,11 @@ StatusOr<std::unique_ptr<BlobStore>> BlobStore::Open(const fs::path& state, Blob
 
 bool BlobStore::Contains(const std::string& digest) const { return SizeOf(digest).ok(); }
 
+bool BlobStore::IsStored(const std::string& digest) const {
+  struct stat info {};
+  return IsDigest(digest) && stat(BlobPath(digest).c_str(), &info) == 0;
+}
+
 StatusOr<uint64_t> BlobStore::SizeOf(const std::string& digest) const {
   RF_RETURN_IF_ERROR(CheckDigest(digest));
   Claim(digest);
@@ -83,16 +89,20 @@ StatusOr<uint64_t> BlobStore::SizeOf(const std::string& digest) const {
   return static_cast<uint64_t>(info.st_size);
 }
 
-uint64_t BlobStore::PartialSize(const std::string& digest) const {
-  return IsDigest(digest) ? FileSize(PartialPath(digest)) : 0;
+uint64_t BlobStore::PartialSize(const std::string& digest, const std::string& scope) const {
+  return IsDigest(digest) ? FileSize(PartialPath(digest, scope)) : 0;
+}
+
+std::string DiskMark::Words() const {
+  return absl::StrFormat("more than %.3g %% used and less than %.3g GiB free", 100 * used_above,
+                         static_cast<double>(free_below) / (1 << 30));
 }
 
 Status BlobStore::CheckSpace(uint64_t bytes) const {
   RF_ASSIGN_OR_RETURN(const DiskSpace space, Space());
-  if (space.used() > options_.read_only_above) {
+  if (options_.read_only.IsPassed(space)) {
     return ResourceExhausted("the disk of the state folder ", state_.string(), " is ", static_cast<int>(100 * space.used()),
-                             " % full; above ", static_cast<int>(100 * options_.read_only_above),
-                             " % nothing more is taken in: free space there");
+                             " % full; with ", options_.read_only.Words(), " nothing more is taken in: free space there");
   }
   const uint64_t reserved = std::min(kReservedBytes, space.total_bytes / 16);
   if (space.free_bytes >= reserved && space.free_bytes - reserved >= bytes) return absl::OkStatus();
@@ -146,21 +156,21 @@ uint64_t BlobStore::SweepPartials(std::chrono::milliseconds grace) {
   return deleted;
 }
 
-std::shared_ptr<BlobStore::Ticket> BlobStore::TicketOf(const std::string& digest) {
+std::shared_ptr<BlobStore::Ticket> BlobStore::TicketOf(const std::string& partial) {
   std::lock_guard lock(tickets_mutex_);
   std::erase_if(tickets_, [](const auto& entry) { return entry.second.expired(); });
-  std::shared_ptr<Ticket> ticket = tickets_[digest].lock();
-  if (!ticket) tickets_[digest] = ticket = std::make_shared<Ticket>();
+  std::shared_ptr<Ticket> ticket = tickets_[partial].lock();
+  if (!ticket) tickets_[partial] = ticket = std::make_shared<Ticket>();
   return ticket;
 }
 
 StatusOr<std::unique_ptr<BlobStore::Upload>> BlobStore::StartUpload(const std::string& digest, uint64_t size,
-                                                                    uint64_t offset) {
+                                                                    uint64_t offset, const std::string& scope) {
   RF_RETURN_IF_ERROR(CheckDigest(digest));
-  std::unique_ptr<Upload> upload(new Upload(this, digest, size));
-  upload->ticket_ = TicketOf(digest);
+  const fs::path path = PartialPath(digest, scope);
+  std::unique_ptr<Upload> upload(new Upload(this, digest, path, size));
+  upload->ticket_ = TicketOf(path.filename().string());
   std::lock_guard lock(upload->ticket_->mutex);
-  const fs::path path = PartialPath(digest);
   uint64_t present = FileSize(path);
   if (present > size) {  // left by an upload that announced another size: its bytes cannot be right
     if (unlink(path.c_str()) != 0) return FromErrno(path, "be removed");
@@ -202,7 +212,7 @@ Status BlobStore::Upload::Write(uint64_t offset, std::string_view bytes) {
     const ssize_t n = pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(committed_));
     if (n < 0) {
       if (errno == EINTR) continue;
-      return FromErrno(store_->PartialPath(digest_), "be written");
+      return FromErrno(path_, "be written");
     }
     hash_.Update(bytes.substr(0, n));
     committed_ += n;
@@ -218,21 +228,19 @@ Status BlobStore::Upload::Finish() {
   if (committed_ != size_) {
     return OutOfRange("the upload of ", digest_, " ended after ", committed_, " of ", size_, " bytes");
   }
-  const fs::path path = store_->PartialPath(digest_);
   const std::string actual = hash_.Finish();
   if (actual != digest_) {
-    unlink(path.c_str());
+    unlink(path_.c_str());
     if (resumed_) {  // the part that was here from before may have been torn by a power loss: not the sender's fault
       return Aborted("the resumed upload of ", digest_, " has the digest ", actual, "; upload it again from the start");
     }
     return InvalidArgument("the bytes sent as ", digest_, " have the digest ", actual, "; the upload was dropped");
   }
-  if (fsync(fd_) != 0) return FromErrno(path, "be synced");
-  return store_->Publish(digest_, size_);
+  if (fsync(fd_) != 0) return FromErrno(path_, "be synced");
+  return store_->Publish(path_, digest_, size_);
 }
 
-Status BlobStore::Publish(const std::string& digest, uint64_t size) {
-  const fs::path from = PartialPath(digest);
+Status BlobStore::Publish(const fs::path& from, const std::string& digest, uint64_t size) {
   const fs::path to = BlobPath(digest);
   const bool known = Contains(digest);
   const bool new_folder = !fs::exists(to.parent_path());

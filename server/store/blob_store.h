@@ -3,7 +3,7 @@
 // Content-addressed blobs in folders:
 //
 //   <state>/cas/<first two hex digits>/<64 hex digits>   complete blobs, read-only, named by their SHA-256
-//   <state>/tmp/<64 hex digits>.partial                  uploads; whoever comes next goes on where they end
+//   <state>/tmp/<64 hex digits>[.<scope>].partial        uploads; whoever comes next goes on where they end
 //
 // A blob appears by rename after its bytes were hashed and synced, so a file under cas/ is complete; reading hashes it again
 // and DATA_LOSS moves a damaged one to <state>/damaged, after which it counts as missing and can be uploaded anew.
@@ -11,7 +11,7 @@
 // Blobs that nothing refers to any more are collected in two phases (Sweep): found without a reference they become candidates,
 // and only when they still are after a grace they go. Whoever asks for a blob, uploads or reads it, takes it off the list.
 //
-// The disk: above `read_only_above` of its size nothing is taken in; the coordinator stops admitting jobs before that.
+// The disk: behind the mark `read_only` nothing is taken in; the coordinator stops admitting jobs before that.
 //
 // Threads: every method may be called from any thread; an Upload and a Reader belong to one thread each.
 
@@ -41,8 +41,20 @@ struct DiskSpace {
 // Of the file system that holds `path`. UNAVAILABLE when it cannot be examined.
 StatusOr<DiskSpace> SpaceOf(const std::filesystem::path& path);
 
+// When a disk counts as full: more than this share of it is used and less than so much is free. The share alone would refuse a
+// large disk that has room for days, the bytes alone a small one that is empty.
+struct DiskMark {
+  double used_above = 1;
+  uint64_t free_below = 0;
+  bool IsPassed(const DiskSpace& space) const { return space.used() > used_above && space.free_bytes < free_below; }
+  // "more than 90 % used and less than 20 GiB free"
+  std::string Words() const;
+};
+inline constexpr DiskMark kDiskFull{.used_above = 0.90, .free_below = uint64_t{20} << 30};
+inline constexpr DiskMark kDiskReadOnly{.used_above = 0.97, .free_below = uint64_t{5} << 30};
+
 struct BlobStoreOptions {
-  double read_only_above = 0.97;  // share of the disk
+  DiskMark read_only = kDiskReadOnly;
   std::function<StatusOr<DiskSpace>(const std::filesystem::path&)> space_of = SpaceOf;
 };
 
@@ -55,15 +67,19 @@ class BlobStore {
   class Reader;
 
   bool Contains(const std::string& digest) const;
+  // The same without a wish to have it: it may be collected all the same.
+  bool IsStored(const std::string& digest) const;
   // Bytes of a complete blob; NOT_FOUND.
   StatusOr<uint64_t> SizeOf(const std::string& digest) const;
-  // Bytes of an unfinished upload that are already here (0 when none was begun).
-  uint64_t PartialSize(const std::string& digest) const;
+  // Bytes of an unfinished upload that are already here (0 when none was begun). Uploads of different scopes (the tenants of their
+  // senders; lower-case letters, digits and '-') have nothing to do with each other: each must send all the bytes.
+  uint64_t PartialSize(const std::string& digest, const std::string& scope = "") const;
 
   // Begins or resumes an upload of `size` bytes at `offset`, which must be PartialSize (OUT_OF_RANGE names the right one).
   // Two uploads of one blob: the later takes over, the earlier gets ABORTED at its next write, so that a dead connection
   // cannot hold an upload up. RESOURCE_EXHAUSTED when the disk has no room for it.
-  StatusOr<std::unique_ptr<Upload>> StartUpload(const std::string& digest, uint64_t size, uint64_t offset);
+  StatusOr<std::unique_ptr<Upload>> StartUpload(const std::string& digest, uint64_t size, uint64_t offset,
+                                                const std::string& scope = "");
 
   // Stores bytes that this process holds; returns their digest.
   StatusOr<std::string> Put(std::string_view bytes);
@@ -91,13 +107,13 @@ class BlobStore {
  private:
   BlobStore(std::filesystem::path state, BlobStoreOptions options) : state_(std::move(state)), options_(std::move(options)) {}
   std::filesystem::path BlobPath(const std::string& digest) const;
-  std::filesystem::path PartialPath(const std::string& digest) const;
+  std::filesystem::path PartialPath(const std::string& digest, const std::string& scope) const;
   Status CheckSpace(uint64_t bytes) const;
   // Someone wants this blob: it is no candidate any more.
   void Claim(const std::string& digest) const;
   uint64_t SweepPartials(std::chrono::milliseconds grace);
   // Moves a complete, synced partial file to its name.
-  Status Publish(const std::string& digest, uint64_t size);
+  Status Publish(const std::filesystem::path& from, const std::string& digest, uint64_t size);
   void Quarantine(const std::string& digest, uint64_t size);
 
   const std::filesystem::path state_;
@@ -112,7 +128,7 @@ class BlobStore {
     std::mutex mutex;
     uint64_t newest = 0;
   };
-  std::shared_ptr<Ticket> TicketOf(const std::string& digest);
+  std::shared_ptr<Ticket> TicketOf(const std::string& partial);
   std::mutex tickets_mutex_;
   std::map<std::string, std::weak_ptr<Ticket>> tickets_;
 };
@@ -129,9 +145,11 @@ class BlobStore::Upload {
 
  private:
   friend class BlobStore;
-  Upload(BlobStore* store, std::string digest, uint64_t size) : store_(store), digest_(std::move(digest)), size_(size) {}
+  Upload(BlobStore* store, std::string digest, std::filesystem::path path, uint64_t size)
+      : store_(store), digest_(std::move(digest)), path_(std::move(path)), size_(size) {}
   BlobStore* const store_;
   const std::string digest_;
+  const std::filesystem::path path_;
   const uint64_t size_;
   std::shared_ptr<Ticket> ticket_;
   uint64_t number_ = 0;

@@ -17,10 +17,11 @@
 namespace refinery::store {
 namespace {
 
-constexpr int kSchemaVersion = 2;
+constexpr int kSchemaVersion = 3;
 constexpr int kBusyMs = 5000;
 constexpr char kDamagedFile[] = "damaged_log";
 constexpr int kCheckpointPages = 4096;                    // 16 MiB of WAL between checkpoints
+constexpr size_t kTriedBytes = 256 << 10;                 // of TryWriting
 constexpr uint64_t kCheckAtOnceBytes = uint64_t{64} << 20;  // a check of this much takes a moment
 
 constexpr char kSchema[] = R"(
@@ -36,12 +37,20 @@ constexpr char kSchema2[] = R"(
 CREATE TABLE compacted(job TEXT PRIMARY KEY, up_to INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 )";
 
+constexpr char kSchema3[] = R"(
+CREATE TABLE artifact_owner(digest TEXT NOT NULL, tenant TEXT NOT NULL, PRIMARY KEY(digest, tenant)) STRICT, WITHOUT ROWID;
+)";
+
 // SQLite's errors as ours. The only place where SQLiteCpp's exceptions end.
 Status FromSqlite(const SQLite::Exception& e, std::string_view doing) {
   const std::string text = Join("the event log cannot ", doing, ": ", e.what());
   switch (e.getErrorCode()) {
     case SQLITE_FULL:
       return ResourceExhausted(text, "; free space in the state folder");
+    case SQLITE_IOERR:
+      // The index of the write-ahead log could not grow.
+      if (e.getExtendedErrorCode() == SQLITE_IOERR_SHMSIZE) return ResourceExhausted(text, "; free space in the state folder");
+      return Unavailable(text);
     case SQLITE_CORRUPT:
     case SQLITE_NOTADB:
       return DataLoss(text, "; restore the state folder from a backup");
@@ -185,47 +194,116 @@ Status EventLog::Migrate() {
   if (version == kSchemaVersion) return absl::OkStatus();
   SQLite::Transaction transaction(db, SQLite::TransactionBehavior::IMMEDIATE);
   if (version < 1) db.exec(kSchema);
-  db.exec(kSchema2);
+  if (version < 2) db.exec(kSchema2);
+  db.exec(kSchema3);
   db.exec(Join("PRAGMA user_version=", kSchemaVersion));
   transaction.commit();
   return absl::OkStatus();
 }
 
-Status EventLog::Append(const std::vector<v1::Event>& events) {
-  if (events.empty()) return absl::OkStatus();
+// Within a transaction.
+void EventLog::Insert(const v1::Event& event) {
+  const std::string payload = event.SerializeAsString();
+  SQLite::Statement& insert = *impl_->insert_event;
+  insert.reset();
+  insert.bind(1, static_cast<int64_t>(event.seq()));
+  insert.bindNoCopy(2, event.job());
+  insert.bind(3, static_cast<int64_t>(event.time_ms()));
+  insert.bindNoCopy(4, payload.data(), static_cast<int>(payload.size()));
+  insert.exec();
+  if (!event.has_task_finished() || event.task_finished().task_digest().empty()) return;
+  SQLite::Statement& result = *impl_->insert_result;
+  result.reset();
+  result.bindNoCopy(1, event.task_finished().task_digest());
+  result.bindNoCopy(2, event.task_finished().output().digest());
+  result.bind(3, static_cast<int64_t>(event.task_finished().output().size()));
+  result.bind(4, static_cast<int64_t>(event.seq()));
+  result.exec();
+}
+
+Status EventLog::Append(const std::vector<v1::Event>& events, const std::vector<ArtifactOwner>& owners) {
+  if (events.empty() && owners.empty()) return absl::OkStatus();
   uint64_t seq = last_seq_;
-  std::string payload;
   Failpoint("append_begin");
   try {
     SQLite::Transaction transaction(impl_->db, SQLite::TransactionBehavior::IMMEDIATE);
     for (const v1::Event& event : events) {
       if (event.seq() != ++seq) return Internal("event ", event.seq(), " does not follow event ", seq - 1);
-      event.SerializeToString(&payload);
-      SQLite::Statement& insert = *impl_->insert_event;
-      insert.reset();
-      insert.bind(1, static_cast<int64_t>(event.seq()));
-      insert.bindNoCopy(2, event.job());
-      insert.bind(3, static_cast<int64_t>(event.time_ms()));
-      insert.bindNoCopy(4, payload.data(), static_cast<int>(payload.size()));
+      Insert(event);
+    }
+    for (const ArtifactOwner& owner : owners) {
+      SQLite::Statement insert(impl_->db, "INSERT OR IGNORE INTO artifact_owner VALUES(?, ?)");
+      insert.bind(1, owner.digest);
+      insert.bind(2, owner.tenant);
       insert.exec();
-      if (!event.has_task_finished() || event.task_finished().task_digest().empty()) continue;
-      SQLite::Statement& result = *impl_->insert_result;
-      result.reset();
-      result.bindNoCopy(1, event.task_finished().task_digest());
-      result.bindNoCopy(2, event.task_finished().output().digest());
-      result.bind(3, static_cast<int64_t>(event.task_finished().output().size()));
-      result.bind(4, static_cast<int64_t>(event.seq()));
-      result.exec();
     }
     Failpoint("append_before_commit");
     transaction.commit();
   } catch (const SQLite::Exception& e) {
-    failed_ = true;
-    return FromSqlite(e, "be written");
+    return AfterFailure(FromSqlite(e, "be written"));
   }
   Failpoint("append_after_commit");
   last_seq_ = seq;
   return absl::OkStatus();
+}
+
+// The failed transaction is rolled back by now. A full disk has left the log as it was, which is looked at and not assumed.
+Status EventLog::AfterFailure(const Status& failure) {
+  failed_ = true;
+  if (!absl::IsResourceExhausted(failure)) return failure;
+  for (const auto* statement : {&impl_->insert_event, &impl_->insert_result, &impl_->remove}) (*statement)->tryReset();
+  try {
+    const bool in_transaction = sqlite3_get_autocommit(impl_->db.getHandle()) == 0;
+    const auto last = static_cast<uint64_t>(impl_->db.execAndGet("SELECT coalesce(max(seq), 0) FROM events").getInt64());
+    if (in_transaction || last != last_seq_) {
+      return Unavailable(Message(failure), "; and it ends at event ", last, " instead of ", last_seq_);
+    }
+  } catch (const SQLite::Exception& e) {
+    return Unavailable(Message(failure), "; and it cannot be read: ", e.what());
+  }
+  failed_ = false;
+  return failure;
+}
+
+Status EventLog::TryWriting() try {
+  SQLite::Statement put(impl_->db, "INSERT OR REPLACE INTO meta VALUES('room', ?)");
+  put.bind(1, std::string(kTriedBytes, 'x'));
+  put.exec();
+  impl_->db.exec("DELETE FROM meta WHERE key = 'room'");
+  return absl::OkStatus();
+} catch (const SQLite::Exception& e) {
+  return AfterFailure(FromSqlite(e, "be written"));
+}
+
+void EventLog::LimitBytes(uint64_t bytes) {
+  const int64_t page_bytes = impl_->db.execAndGet("PRAGMA page_size").getInt64();
+  constexpr int64_t kNoLimit = 1'073'741'823;  // SQLite's own
+  const int64_t pages = bytes == 0 ? kNoLimit : std::max<int64_t>(1, static_cast<int64_t>(bytes) / page_bytes);
+  (void)impl_->db.execAndGet(Join("PRAGMA max_page_count=", pages));
+}
+
+StatusOr<std::vector<ArtifactOwner>> EventLog::ReadOwners() try {
+  std::vector<ArtifactOwner> owners;
+  SQLite::Statement select(impl_->db, "SELECT digest, tenant FROM artifact_owner");
+  while (select.executeStep()) owners.push_back({select.getColumn(0).getString(), select.getColumn(1).getString()});
+  return owners;
+} catch (const SQLite::Exception& e) {
+  return FromSqlite(e, "be read");
+}
+
+Status EventLog::RemoveOwners(const std::vector<ArtifactOwner>& owners) try {
+  SQLite::Transaction transaction(impl_->db, SQLite::TransactionBehavior::IMMEDIATE);
+  SQLite::Statement remove(impl_->db, "DELETE FROM artifact_owner WHERE digest = ? AND tenant = ?");
+  for (const ArtifactOwner& owner : owners) {
+    remove.reset();
+    remove.bind(1, owner.digest);
+    remove.bind(2, owner.tenant);
+    remove.exec();
+  }
+  transaction.commit();
+  return absl::OkStatus();
+} catch (const SQLite::Exception& e) {
+  return AfterFailure(FromSqlite(e, "be written"));
 }
 
 StatusOr<int> EventLog::Compact(const std::string& job, uint64_t up_to, int limit) try {
@@ -247,8 +325,7 @@ StatusOr<int> EventLog::Compact(const std::string& job, uint64_t up_to, int limi
   compacted_[job] = std::max(up_to, CompactedTo(job));
   return removed;
 } catch (const SQLite::Exception& e) {
-  failed_ = true;
-  return FromSqlite(e, "be compacted");
+  return AfterFailure(FromSqlite(e, "be compacted"));
 }
 
 Status EventLog::Replay(const std::function<Status(v1::Event)>& visit, uint64_t after_seq) try {

@@ -4,6 +4,7 @@
 //
 //   events(seq, job, time_ms, payload)          payload = the serialized Event
 //   results(task_digest, output_digest, ...)    one row per task identity that was ever finished, in the same transaction
+//   artifact_owner(digest, tenant)              blobs that a tenant's callers uploaded; what its jobs use is known from the events
 //   compacted(job, up_to)                       jobs whose events up to `up_to` were removed: they ended long ago, and a
 //                                               snapshot holds what they came to
 //
@@ -45,6 +46,12 @@ class FolderLock {
   int fd_;
 };
 
+// A blob that callers of a tenant have uploaded.
+struct ArtifactOwner {
+  std::string digest;
+  std::string tenant;
+};
+
 class EventLog {
  public:
   // Opens or creates <folder>/refinery.db. After an unclean stop the database is checked first, unless it is so large that this
@@ -55,8 +62,14 @@ class EventLog {
   ~EventLog();
 
   // Writes `events` in one transaction and returns after the commit. Their seq must go on from last_seq() without a gap
-  // (INTERNAL otherwise). On any error nothing of the batch is kept.
-  Status Append(const std::vector<v1::Event>& events);
+  // (INTERNAL otherwise). On any error nothing of the batch is kept. After RESOURCE_EXHAUSTED, a full disk, the log is as it was
+  // and may be used on; after any other error it may not.
+  // `owners` go along; known ones are not added twice.
+  Status Append(const std::vector<v1::Event>& events, const std::vector<ArtifactOwner>& owners = {});
+  // Writes and removes as much as a large batch takes: OK when there is room again.
+  Status TryWriting();
+  // From now on the database may not grow beyond so many bytes, as if the disk ended there; 0 = it may. For tests.
+  void LimitBytes(uint64_t bytes);
 
   // Calls `visit` for every event after `after_seq` in order; stops at its first error and returns it. DATA_LOSS when one is
   // missing.
@@ -74,6 +87,9 @@ class EventLog {
   // Digest of the output that the task of identity `task_digest` had; NOT_FOUND when none was finished.
   StatusOr<std::string> ResultOf(const std::string& task_digest);
 
+  StatusOr<std::vector<ArtifactOwner>> ReadOwners();
+  Status RemoveOwners(const std::vector<ArtifactOwner>& owners);
+
   uint64_t last_seq() const { return last_seq_; }
   // Whether the last stop was unclean.
   bool was_unclean() const { return was_unclean_; }
@@ -85,7 +101,9 @@ class EventLog {
   EventLog();
   Status Initialize(const std::filesystem::path& folder);
   Status Migrate();
+  void Insert(const v1::Event& event);
   Status CheckAfterUncleanStop(const std::filesystem::path& folder);
+  Status AfterFailure(const Status& failure);
 
   std::unique_ptr<Impl> impl_;
   uint64_t last_seq_ = 0;

@@ -31,8 +31,8 @@ class TestServer {
                                                               .make_report = [](const report::ReportInput&) {
                                                                 return report::Report{.markdown = "report"};
                                                               },
-                                                              .stop_admitting_above = 2,
-                                                              .read_only_above = 2}));
+                                                              .disk_full = {},
+                                                              .disk_read_only = {}}));
     RF_ASSIGN_OR_RETURN(server_, api::Server::Start(coordinator_.get(), options));
     return absl::OkStatus();
   }

@@ -228,12 +228,32 @@ TEST_F(BlobStoreTest, AbandonedUploadsGoWithTheirGrace) {
   EXPECT_EQ(store_->PartialSize(digest), 0);
 }
 
+// Goal: a disk is full when its share and its bytes say so, both.  Method: each side of each bound.
+TEST(DiskTest, MarksNeedBothBounds) {
+  constexpr uint64_t kGib = uint64_t{1} << 30;
+  const auto passed = [](const DiskMark& mark, uint64_t total_gib, double free_gib) {
+    return mark.IsPassed({.total_bytes = total_gib * kGib, .free_bytes = static_cast<uint64_t>(free_gib * kGib)});
+  };
+  EXPECT_FALSE(passed(kDiskFull, 4000, 200));   // 95 % used, room for days
+  EXPECT_FALSE(passed(kDiskFull, 1000, 20));    // 98 %, just enough
+  EXPECT_TRUE(passed(kDiskFull, 1000, 19.99));
+  EXPECT_FALSE(passed(kDiskFull, 100, 10.01));  // little, but a small disk
+  EXPECT_TRUE(passed(kDiskFull, 100, 9.99));
+  EXPECT_FALSE(passed(kDiskReadOnly, 1000, 5));
+  EXPECT_TRUE(passed(kDiskReadOnly, 1000, 4.99));
+  EXPECT_FALSE(passed(kDiskReadOnly, 100, 3.01));
+  EXPECT_TRUE(passed(kDiskReadOnly, 100, 2.99));
+  EXPECT_TRUE(passed(kDiskReadOnly, 1, 0));
+  EXPECT_FALSE(passed({}, 1, 0));  // no mark at all
+  EXPECT_EQ(kDiskFull.Words(), "more than 90 % used and less than 20 GiB free");
+}
+
 // Goal: above the mark nothing is taken in and everything can be read; below it, all is as before.
 TEST(DiskTest, FullDiskIsReadOnly) {
   TempFolder folder;
   double used = 0.5;
   auto store = *BlobStore::Open(folder.path(), {.space_of = [&](const std::filesystem::path&) -> StatusOr<DiskSpace> {
-    return DiskSpace{.total_bytes = uint64_t{1} << 40, .free_bytes = static_cast<uint64_t>((1 - used) * (uint64_t{1} << 40))};
+    return DiskSpace{.total_bytes = uint64_t{1} << 36, .free_bytes = static_cast<uint64_t>((1 - used) * (uint64_t{1} << 36))};
   }});
   const auto digest = store->Put("before");
   ASSERT_THAT(digest, IsOk());

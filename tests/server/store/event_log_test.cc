@@ -1,5 +1,6 @@
 #include "server/store/event_log.h"
 
+#include <SQLiteCpp/SQLiteCpp.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -40,6 +41,43 @@ std::vector<uint64_t> Replayed(EventLog& log) {
   return seqs;
 }
 
+std::vector<std::string> Owners(EventLog& log) {
+  std::vector<std::string> texts;
+  const StatusOr<std::vector<ArtifactOwner>> owners = log.ReadOwners();
+  EXPECT_THAT(owners, IsOk());
+  for (const ArtifactOwner& owner : *owners) texts.push_back(Join(owner.digest, " ", owner.tenant));
+  return texts;
+}
+
+// Goal: who uploaded what lasts, without events and with them, and is there once; a folder of the schema before gains the table.
+TEST(EventLogTest, KeepsOwnersAndUpgradesAFolderWithoutThem) {
+  TempFolder folder;
+  {
+    auto log = EventLog::Open(folder.path());
+    ASSERT_THAT(log, IsOk());
+    ASSERT_THAT((*log)->Append({MakeEvent(1, "a")}), IsOk());
+  }
+  {
+    SQLite::Database old((folder.path() / "refinery.db").string(), SQLite::OPEN_READWRITE);
+    old.exec("DROP TABLE artifact_owner");
+    old.exec("PRAGMA user_version=2");
+  }
+  {
+    auto log = EventLog::Open(folder.path());
+    ASSERT_THAT(log, IsOk());
+    EXPECT_EQ(Replayed(**log), std::vector<uint64_t>{1});
+    EXPECT_TRUE(Owners(**log).empty());
+    ASSERT_THAT((*log)->Append({}, {{"d1", "physics"}, {"d1", "biology"}}), IsOk());
+    ASSERT_THAT((*log)->Append({MakeEvent(2, "a")}, {{"d1", "physics"}, {"d2", "physics"}}), IsOk());
+  }
+  auto log = EventLog::Open(folder.path());
+  ASSERT_THAT(log, IsOk());
+  EXPECT_EQ((*log)->last_seq(), 2u);
+  EXPECT_EQ(Owners(**log), (std::vector<std::string>{"d1 biology", "d1 physics", "d2 physics"}));
+  ASSERT_THAT((*log)->RemoveOwners({{"d1", "physics"}}), IsOk());
+  EXPECT_EQ(Owners(**log), (std::vector<std::string>{"d1 biology", "d2 physics"}));
+}
+
 TEST(EventLogTest, KeepsEventsAndResultsOverAReopen) {
   TempFolder folder;
   {
@@ -69,6 +107,35 @@ TEST(EventLogTest, RefusesAGapWholly) {
   EXPECT_THAT((*log)->Append({MakeEvent(2, "a"), MakeEvent(4, "a")}), StatusCodeIs(absl::StatusCode::kInternal));
   EXPECT_THAT(Replayed(**log), ::testing::ElementsAre(1));
   EXPECT_THAT((*log)->Append({MakeEvent(2, "a")}), IsOk());
+}
+
+// Goal: a batch for which there is no room is not there, neither now nor after a reopen, and the log goes on at the same number when there
+// is room.  Method: a bound on the size of the database, reached in the middle of a batch.
+TEST(EventLogTest, GoesOnAfterAFullDisk) {
+  TempFolder folder;
+  {
+    auto log = EventLog::Open(folder.path());
+    ASSERT_THAT(log, IsOk());
+    ASSERT_THAT((*log)->Append({MakeEvent(1, "a")}), IsOk());
+    (*log)->LimitBytes(200 << 10);
+    v1::Event large = MakeEvent(3, "a");
+    large.mutable_task_finished()->set_path(std::string(1 << 20, 'x'));
+    for (int again = 0; again < 3; ++again) {
+      EXPECT_THAT((*log)->Append({MakeEvent(2, "a"), large}),
+                  StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("free space")));
+      EXPECT_EQ((*log)->last_seq(), 1);
+      EXPECT_THAT(Replayed(**log), ::testing::ElementsAre(1));
+      EXPECT_THAT((*log)->ResultOf("identity 2"), StatusCodeIs(absl::StatusCode::kNotFound));
+      EXPECT_THAT((*log)->TryWriting(), StatusCodeIs(absl::StatusCode::kResourceExhausted));
+    }
+    (*log)->LimitBytes(0);
+    EXPECT_THAT((*log)->TryWriting(), IsOk());
+    ASSERT_THAT((*log)->Append({MakeEvent(2, "a"), large}), IsOk());
+  }
+  auto log = EventLog::Open(folder.path());
+  ASSERT_THAT(log, IsOk());
+  EXPECT_FALSE((*log)->was_unclean());
+  EXPECT_THAT(Replayed(**log), ::testing::ElementsAre(1, 2, 3));
 }
 
 // Goal: what was acknowledged survives a kill.  Method: a child appends and is killed in the middle; it tells each acknowledged

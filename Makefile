@@ -1,5 +1,5 @@
 # The commands that people type. Everything else is CMake (see CMakePresets.json).
-.PHONY: demo test simulate test-malformed fuzz parity bench-model bench-eval bench-quantize bench-coordinator reliability install install-model build programs clean
+.PHONY: demo test simulate sanitize test-malformed fuzz parity bench-model bench-eval bench-quantize bench-coordinator reliability install install-model build programs clean
 
 PRESET ?= dev
 BUILD := build/$(PRESET)
@@ -29,6 +29,12 @@ SEEDS ?= 1..100000
 simulate: $(BUILD)/build.ninja
 	cmake --build $(BUILD) --target refinery_simulation
 	$(BUILD)/bin/refinery_simulation --seeds $(SEEDS)
+
+# Coordinator, agent, client, simulation and reliability programs under ThreadSanitizer, then AddressSanitizer and
+# UndefinedBehaviorSanitizer; any report fails. About 25 minutes of two cores to build, 15 to run (docs/reliability.md).
+SANITIZERS ?= tsan asan_services
+sanitize:
+	tests/sanitize/run.sh $(SANITIZERS)
 
 # libFuzzer without end on one format: make fuzz FORMAT=gguf (safetensors, tokenizer, template, model_folder, peft, table).
 FORMAT ?= gguf

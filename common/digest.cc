@@ -107,7 +107,8 @@ StatusOr<std::vector<FileEntry>> ParseManifest(std::string_view text) {
     FileEntry file{.path = std::string(line.substr(second + 1)), .digest = std::string(line.substr(0, first))};
     std::string_view size = line.substr(first + 1, second - first - 1);
     auto [rest, error] = std::from_chars(size.data(), size.data() + size.size(), file.size);
-    if (error != std::errc() || rest != size.data() + size.size())
+    const bool is_canonical = size == "0" || !size.starts_with('0');
+    if (error != std::errc() || rest != size.data() + size.size() || !is_canonical)
       return InvalidArgument("manifest line ", line_number, " has a bad size");
     if (!IsDigest(file.digest)) return InvalidArgument("manifest line ", line_number, " has a bad digest");
     if (!IsSafePath(file.path)) return InvalidArgument("manifest line ", line_number, " has an unsafe path");

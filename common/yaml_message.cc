@@ -1,12 +1,14 @@
 #include "common/yaml_message.h"
 
 #include <google/protobuf/descriptor.h>
+#include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <set>
+#include <sstream>
 
 namespace refinery {
 namespace {
@@ -341,6 +343,40 @@ size_t EditDistance(const std::string& a, const std::string& b) {
   return d[a.size()][b.size()];
 }
 
+// Counts documents and sees where each begins.
+class DocumentMarks final : public YAML::EventHandler {
+ public:
+  using Mark = YAML::Mark;
+  using Anchor = YAML::anchor_t;
+  using Style = YAML::EmitterStyle::value;
+  void OnDocumentStart(const Mark& mark) override { marks.push_back(mark); }
+  void OnDocumentEnd() override {}
+  void OnNull(const Mark&, Anchor) override {}
+  void OnAlias(const Mark&, Anchor) override {}
+  void OnScalar(const Mark&, const std::string&, Anchor, const std::string&) override {}
+  void OnSequenceStart(const Mark&, const std::string&, Anchor, Style) override {}
+  void OnSequenceEnd() override {}
+  void OnMapStart(const Mark&, const std::string&, Anchor, Style) override {}
+  void OnMapEnd() override {}
+  std::vector<Mark> marks;
+};
+
+// The only document of the text. YAML::LoadAll, and the parser beneath it, find documents without end where one begins with ','.
+StatusOr<YAML::Node> LoadOne(const std::string& text, const std::string& name) {
+  std::istringstream stream(text);
+  YAML::Parser parser(stream);
+  DocumentMarks found;
+  if (parser.HandleNextDocument(found)) parser.HandleNextDocument(found);
+  if (found.marks.size() > 1) {
+    const bool is_stuck = found.marks[0].pos == found.marks[1].pos;
+    return InvalidArgument(name, ":", found.marks[1].line + 1, is_stuck ? ": not valid YAML" : ": more than one YAML document");
+  }
+  YAML::Node node;
+  if (!found.marks.empty()) node = YAML::Load(text);
+  if (node.IsNull()) return InvalidArgument(name, ":1: the file is empty");
+  return node;
+}
+
 }  // namespace
 
 int YamlPlaces::LineOf(const std::string& path) const {
@@ -359,12 +395,9 @@ Status YamlToMessage(const std::string& text, const std::string& name, google::p
   if (!IsUtf8(text)) return InvalidArgument(name, ":1: not UTF-8 text");
   // yaml-cpp reports by exception; this is the only place that calls its parser.
   try {
-    const std::vector<YAML::Node> documents = YAML::LoadAll(text);
-    if (documents.empty() || documents[0].IsNull()) return InvalidArgument(name, ":1: the file is empty");
-    if (documents.size() > 1)
-      return InvalidArgument(name, ":", LineOfNode(documents[1]), ": more than one YAML document");
-    if (!documents[0].IsMap()) return InvalidArgument(name, ":1: must be a mapping, is ", NodeInWords(documents[0]));
-    return Reader(name, places).ReadMessage(documents[0], "", message);
+    RF_ASSIGN_OR_RETURN(const YAML::Node root, LoadOne(text, name));
+    if (!root.IsMap()) return InvalidArgument(name, ":1: must be a mapping, is ", NodeInWords(root));
+    return Reader(name, places).ReadMessage(root, "", message);
   } catch (const YAML::Exception& e) {
     return InvalidArgument(name, ":", std::max(e.mark.line + 1, 1), ": not valid YAML: ", e.msg);
   }

@@ -33,7 +33,7 @@ readonly tokenizer_packages=(
 )
 
 readonly apt_packages=(
-  build-essential ca-certificates ccache clang clang-format clang-tidy cmake curl git mold ninja-build openssl pkg-config python3 python3-pip
+  build-essential ca-certificates ccache clang clang-format clang-tidy cmake curl git iproute2 mold ninja-build openssl pkg-config python3 python3-pip
   python3-venv unzip
   libabsl-dev libgrpc++-dev libprotobuf-dev libprotoc-dev protobuf-compiler protobuf-compiler-grpc
   libboost-dev libcli11-dev libcivetweb-dev libcurl4-openssl-dev libeigen3-dev libfmt-dev libgloo-dev libgmock-dev libgtest-dev

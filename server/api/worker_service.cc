@@ -93,7 +93,9 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
         static_cast<uint32_t>(std::min(limits::kSynchronizeInterval, options.lease_ttl / 4).count()));
     // A worker that has nothing and wants nothing only asks whether we are there.
     const bool is_idle = request->running().empty() && (request->free_slots() > 0 || request->worker().state() == "draining");
-    const Milliseconds wait = is_idle ? std::max(Milliseconds{0}, std::min(options.long_poll, left)) : Milliseconds{0};
+    // Its answer may bring a lease, whose life the worker counts from when it asked: a poll must end well before that.
+    const Milliseconds longest = std::min({options.long_poll, options.lease_ttl * 2 / 3, left});
+    const Milliseconds wait = is_idle ? std::max(Milliseconds{0}, longest) : Milliseconds{0};
     const auto superseded = coordinator_->fleet().Open({.worker = request->worker().id(),
                                                         .incarnation = request->incarnation(),
                                                         .free_slots = request->free_slots(),

@@ -58,6 +58,10 @@ class Applier {
   Status OnTask(const Item& item, void (Applier::*handler)(size_t, TaskState&, const Item&)) {
     const auto found = job_->index.find(item.path());
     if (found == job_->index.end()) return Misfit(Join("job ", job_->id, " has no task ", item.path()));
+    const plan::PlannedTask& planned = job_->plan.tasks[found->second];
+    if (planned.kind == v1::TRAIN && static_cast<size_t>(planned.trial) >= job_->trials.size()) {
+      return Misfit(Join("the trial of ", item.path(), " was not suggested"));
+    }
     (this->*handler)(found->second, job_->tasks[found->second], item);
     return absl::OkStatus();
   }

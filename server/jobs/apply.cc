@@ -1,5 +1,7 @@
 // Events of jobs, studies and tenants. Those of tasks: apply_task.cc.
 
+#include <algorithm>
+
 #include "server/jobs/applier.h"
 #include "server/jobs/stored_plan.h"
 
@@ -81,7 +83,11 @@ Status Applier::Plan(JobState& job, const std::string& code_version) {
   job.dependents.resize(planned.size());
   job.index.reserve(planned.size());
   for (size_t i = 0; i < planned.size(); ++i) {
-    job.index[planned[i].path] = i;
+    if (!job.index.emplace(planned[i].path, i).second) return DataLoss("the plan has the task ", planned[i].path, " twice");
+    // Every trial and replicate is a task, so neither number reaches that of the tasks.
+    if (planned[i].kind == v1::TRAIN && std::max<size_t>(planned[i].trial, planned[i].replicate) >= planned.size()) {
+      return DataLoss(planned[i].path, " is of a trial or replicate that the plan cannot have");
+    }
     if (planned[i].kind == v1::TRAIN) job.train_tasks[{planned[i].trial, planned[i].replicate}] = i;
   }
   for (size_t i = 0; i < planned.size(); ++i) {

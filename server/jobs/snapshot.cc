@@ -135,6 +135,10 @@ Status Get(v1::JobSnapshot& in, State& state, JobState& job, const std::string& 
   if (static_cast<size_t>(in.tasks_size()) != job.tasks.size()) {
     return DataLoss("job ", job.id, " has ", in.tasks_size(), " tasks in the snapshot and ", job.tasks.size(), " in its plan");
   }
+  for (const auto& [selector, best] : job.best) {
+    if (!job.train_tasks.contains({best.first, best.second})) return DataLoss("job ", job.id, ": the best of the study is not in the plan");
+  }
+  if (job.dead >= static_cast<int>(job.tasks.size())) return DataLoss("job ", job.id, " has no task ", job.dead);
   for (size_t i = 0; i < job.tasks.size(); ++i) Get(*in.mutable_tasks(static_cast<int>(i)), &job.tasks[i]);
   for (size_t i = 0; i < job.tasks.size(); ++i) {
     TaskState& task = job.tasks[i];

@@ -46,6 +46,13 @@ void Checks::Skip(const std::string& name, const std::string& why) {
   std::printf("%-66s skipped: %s\n", name.c_str(), why.c_str());
 }
 
+void Checks::Relay(const std::string& rows, bool ok) {
+  std::lock_guard lock(mutex_);
+  std::fputs(rows.c_str(), stdout);
+  std::fflush(stdout);
+  ok_ &= ok;
+}
+
 Coordinator::Coordinator(Options options) : options_(std::move(options)) {
   RF_CHECK(CreateFolders(options_.state).ok());
   Launch(true);
@@ -63,7 +70,7 @@ void Coordinator::Launch(bool first) {
   std::error_code ignored;
   std::filesystem::remove(address_file, ignored);
   std::vector<std::string> command = {(ProgramFolder() / "refineryd").string(), "--state", options_.state.string(), "--listen",
-                                      address_.empty() ? "127.0.0.1:0" : address_, "--metrics-address", "none"};
+                                      address_.empty() ? options_.listen : address_, "--metrics-address", "none"};
   command.insert(command.end(), options_.flags.begin(), options_.flags.end());
   std::map<std::string, std::string> environment = options_.environment;
   if (first) environment.insert(options_.first_environment.begin(), options_.first_environment.end());
@@ -130,11 +137,13 @@ int Coordinator::StopGently() {
   return info.signal != 0 ? 128 + info.signal : info.code;
 }
 
-std::unique_ptr<Process> StartWorker(const std::string& address, const std::filesystem::path& cache, const std::string& id, int slots) {
-  auto worker = Process::Start({.command = {(ProgramFolder() / "refinery-worker").string(), "--coordinator", address, "--cache",
-                                            cache.string(), "--id", id, "--slots", Join(slots), "--task-program",
-                                            (ProgramFolder() / "fake_task").string(), "--metrics-address", "none"},
-                                .pipes = false, .log = cache.string() + ".log"});
+std::unique_ptr<Process> StartWorker(const std::string& address, const std::filesystem::path& cache, const std::string& id, int slots,
+                                     const std::vector<std::string>& prefix) {
+  std::vector<std::string> command = prefix;
+  command.insert(command.end(), {(ProgramFolder() / "refinery-worker").string(), "--coordinator", address, "--cache", cache.string(), "--id",
+                                 id, "--slots", Join(slots), "--task-program", (ProgramFolder() / "fake_task").string(),
+                                 "--metrics-address", "none"});
+  auto worker = Process::Start({.command = command, .pipes = false, .log = cache.string() + ".log"});
   RF_CHECK(worker.ok());
   return *std::move(worker);
 }
@@ -240,7 +249,10 @@ int Main(int argc, char** argv) {
   std::vector<std::string> names;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--full") == 0) {
-      settings = {.full = true, .lease_ttl = limits::kLeaseTtl, .away_seconds = 20, .kills = 200};
+      settings = {.full = true, .inside_namespace = settings.inside_namespace, .lease_ttl = limits::kLeaseTtl, .away_seconds = 20,
+                  .kills = 200};
+    } else if (std::strcmp(argv[i], "--inside-namespace") == 0) {
+      settings.inside_namespace = true;
     } else {
       names.push_back(argv[i]);
     }
@@ -251,12 +263,12 @@ int Main(int argc, char** argv) {
   Checks checks;
   const std::vector<std::pair<std::string, void (*)(const Settings&, Checks&)>> all = {
       {"kills", Kills},           {"away", Away},          {"lost_workers", LostWorkers}, {"bad_network", BadNetwork},
-      {"stale_commits", StaleCommits},
+      {"partition", Partition},   {"stale_commits", StaleCommits},
       {"failpoints", Failpoints}, {"blob_loss", BlobLoss}, {"small_disk", SmallDisk}};
   for (const auto& [name, run] : all) {
     if (names.empty() || std::find(names.begin(), names.end(), name) != names.end()) run(settings, checks);
   }
-  std::printf("%s\n", checks.ok() ? "all promises kept" : "a promise was broken");
+  if (!settings.inside_namespace) std::printf("%s\n", checks.ok() ? "all promises kept" : "a promise was broken");
   return checks.ok() ? 0 : 1;
 }
 

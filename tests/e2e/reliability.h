@@ -36,6 +36,7 @@ inline void Sleep(double seconds) { std::this_thread::sleep_for(std::chrono::dur
 struct Settings {
   std::filesystem::path folder;
   bool full = false;
+  bool inside_namespace = false;   // started by Partition
   Milliseconds lease_ttl{2'000};   // full: 30 s
   double away_seconds = 1.2;       // full: 20
   int kills = 12;                  // full: 200
@@ -46,6 +47,8 @@ class Checks {
  public:
   void Row(const std::string& name, double value, const char* unit, const std::string& bound, bool ok);
   void Skip(const std::string& name, const std::string& why);
+  // Rows that another program printed.
+  void Relay(const std::string& rows, bool ok);
   bool ok() const { return ok_; }
 
  private:
@@ -58,6 +61,7 @@ class Coordinator {
  public:
   struct Options {
     std::filesystem::path state;
+    std::string listen = "127.0.0.1:0";
     std::vector<std::string> flags;
     std::map<std::string, std::string> environment;        // always
     std::map<std::string, std::string> first_environment;  // only at the first start
@@ -90,8 +94,9 @@ class Coordinator {
   std::thread supervisor_;
 };
 
-// refinery-worker with the fake task program of the tests.
-std::unique_ptr<Process> StartWorker(const std::string& address, const std::filesystem::path& cache, const std::string& id, int slots);
+// refinery-worker with the fake task program of the tests; `prefix` is the program and arguments that start it.
+std::unique_ptr<Process> StartWorker(const std::string& address, const std::filesystem::path& cache, const std::string& id, int slots,
+                                     const std::vector<std::string>& prefix = {});
 
 // The address without a coordinator's loss: calls that end UNAVAILABLE or DEADLINE_EXCEEDED are made again until `limit` is over.
 template <typename Call>
@@ -122,6 +127,7 @@ void Kills(const Settings& settings, Checks& checks);
 void Away(const Settings& settings, Checks& checks);
 void LostWorkers(const Settings& settings, Checks& checks);
 void BadNetwork(const Settings& settings, Checks& checks);
+void Partition(const Settings& settings, Checks& checks);
 void StaleCommits(const Settings& settings, Checks& checks);
 void Failpoints(const Settings& settings, Checks& checks);
 void BlobLoss(const Settings& settings, Checks& checks);

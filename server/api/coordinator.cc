@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <exception>
 
+#include "common/error_details.h"
 #include "server/scheduler/schedule.h"
 #include "server/store/artifacts.h"
 #include "server/store/failpoint.h"
@@ -29,6 +30,8 @@ std::string PathOf(const v1::Event& event) {
     case v1::Event::kTaskFinished: return event.task_finished().path();
     case v1::Event::kTaskFailed: return event.task_failed().path();
     case v1::Event::kLeaseExpired: return event.lease_expired().path();
+    case v1::Event::kLeaseReleased: return event.lease_released().path();
+    case v1::Event::kArtifactLost: return event.artifact_lost().path();
     case v1::Event::kCheckpointCommitted: return event.checkpoint_committed().path();
     case v1::Event::kTaskNote: return event.task_note().path();
     default: return "";
@@ -46,6 +49,9 @@ std::string DetailOf(const v1::Event& event) {
       return Join("class=", v1::FailureClass_Name(event.task_failed().error().failure_class()), " retry=",
                   event.task_failed().retry() ? 1 : 0, " error=\"", event.task_failed().error().message(), "\"");
     case v1::Event::kLeaseExpired: return Join("reason=\"", event.lease_expired().reason(), "\"");
+    case v1::Event::kLeaseReleased: return Join("reason=\"", event.lease_released().reason(), "\"");
+    case v1::Event::kArtifactLost:
+      return Join("artifact=", event.artifact_lost().digest(), " checkpoint=", event.artifact_lost().checkpoint() ? 1 : 0);
     case v1::Event::kCheckpointCommitted: return Join("step=", event.checkpoint_committed().step());
     case v1::Event::kTaskNote: return Join("code=", event.task_note().note().code());
     case v1::Event::kTrialSuggested: return Join("trial=", event.trial_suggested().trial().index());
@@ -83,7 +89,7 @@ StatusOr<std::unique_ptr<Coordinator>> Coordinator::Open(CoordinatorOptions opti
 Status Coordinator::Start() {
   RF_CHECK(options_.make_report != nullptr);
   RF_ASSIGN_OR_RETURN(log_, store::EventLog::Open(options_.state));
-  RF_ASSIGN_OR_RETURN(blobs_, store::BlobStore::Open(options_.state, {.read_only_above = options_.read_only_above,
+  RF_ASSIGN_OR_RETURN(blobs_, store::BlobStore::Open(options_.state, {.read_only = options_.disk_read_only,
                                                                       .space_of = options_.space_of}));
   core_ = std::make_unique<jobs::Core>(
       jobs::CoreOptions{.lease_ttl = options_.lease_ttl,
@@ -93,6 +99,8 @@ Status Coordinator::Start() {
                           return store::CheckComplete(*blobs_, digest).ok();
                         }});
   RF_RETURN_IF_ERROR(Recover());
+  RF_ASSIGN_OR_RETURN(const std::vector<store::ArtifactOwner> owners, log_->ReadOwners());
+  access_.Add(owners);
   spdlog::info("recovered events={} snapshot={} jobs={} unclean={}", log_->last_seq(), snapshot_seq_,
                core_->state().jobs.size(), log_->was_unclean() ? 1 : 0);
   check_due_ = log_->check_is_due();
@@ -103,6 +111,7 @@ Status Coordinator::Start() {
 }
 
 Status Coordinator::Recover() {
+  snapshot_seq_ = 0;
   for (const uint64_t seq : store::ListSnapshots(options_.state)) {
     if (seq > log_->last_seq()) continue;  // of a log that is not here any more
     StatusOr<store::StoredSnapshot> snapshot = store::ReadSnapshotFile(options_.state, seq);
@@ -160,11 +169,12 @@ void Coordinator::RunTurn(std::vector<Command> commands) {
   Turn turn{.core = *core_, .now = ReadClocks()};
   for (const Command& command : commands) command(turn);
   core_->Tick(turn.now, &turn.events);
-  WriteReports(turn);
+  if (disk_ != Disk::kReadOnly) WriteReports(turn);
   if (!draining_ && !held_ && disk_ == Disk::kOk) GrantLeases(turn);
   for (Poll& poll : fleet_.Take(turn.now.steady, draining_)) turn.replies.push_back(std::move(poll.answer));
-  Commit(turn);
-  for (const std::function<void()>& reply : turn.replies) reply();
+  const Status committed = Commit(turn);
+  for (const auto& reply : turn.replies) reply(committed);
+  if (!committed.ok()) turn.events.clear();
   Record(turn.events);
   PumpStreams(turn.now, std::move(turn.events));
   if (turn.now.steady - metrics_updated_ >= kMetricsEvery) {
@@ -179,7 +189,14 @@ void Coordinator::GrantLeases(Turn& turn) {
   if (!fleet_.HasFree() && turn.now.steady - scheduled_ < kTick) return;
   scheduled_ = turn.now.steady;
   const scheduler::Pass pass = scheduler::Schedule(*core_, fleet_.Workers(turn.now.steady), turn.now);
-  for (const scheduler::Decision& decision : pass.grants) {
+  for (size_t i = 0; i < pass.grants.size(); ++i) {
+    const scheduler::Decision& decision = pass.grants[i];
+    if (decision.gang != 0) {
+      const size_t first = i;
+      while (i + 1 < pass.grants.size() && pass.grants[i + 1].gang == decision.gang) ++i;
+      GrantGang(turn, {pass.grants.begin() + static_cast<ptrdiff_t>(first), pass.grants.begin() + static_cast<ptrdiff_t>(i) + 1});
+      continue;
+    }
     Poll* poll = fleet_.PollOf(decision.worker);
     StatusOr<v1::Lease> lease = core_->Grant(decision.job, decision.path, decision.worker, poll->incarnation, turn.now,
                                              &turn.events);
@@ -189,6 +206,41 @@ void Coordinator::GrantLeases(Turn& turn) {
   }
   for (const scheduler::Decision& decision : pass.preemptions) {
     core_->Preempt(decision.job, decision.path, "a task of higher priority waits for the worker");
+  }
+}
+
+uint32_t Coordinator::MeetingPort(const std::string& worker) const {
+  const v1::WorkerInfo* info = fleet_.InfoOf(worker);
+  if (info == nullptr || info->address().empty()) return 0;
+  std::set<uint32_t> taken;
+  if (const auto leases = core_->state().worker_leases.find(worker); leases != core_->state().worker_leases.end()) {
+    for (const auto& [job, i] : leases->second) taken.insert(core_->state().jobs.at(job).tasks[i].gang.port());
+  }
+  for (const uint32_t port : info->ports()) {
+    if (!taken.contains(port)) return port;
+  }
+  return 0;
+}
+
+// All of them, in events of one transaction, or none.
+void Coordinator::GrantGang(Turn& turn, std::vector<scheduler::Decision> members) {
+  uint32_t port = 0;
+  for (size_t m = 0; m < members.size() && port == 0; ++m) {
+    port = MeetingPort(members[m].worker);
+    if (port != 0) std::swap(members[0], members[m]);
+  }
+  const v1::WorkerInfo* first = fleet_.InfoOf(members[0].worker);
+  std::vector<jobs::Core::Member> granted;
+  for (const scheduler::Decision& member : members) {
+    granted.push_back({member.path, member.worker, fleet_.PollOf(member.worker)->incarnation});
+  }
+  StatusOr<std::vector<v1::Lease>> leases = core_->GrantGang(members[0].job, granted, first == nullptr ? "" : first->address(), port,
+                                                             turn.now, &turn.events);
+  if (!leases.ok()) return;  // the result of one came out of the cache meanwhile
+  for (size_t m = 0; m < members.size(); ++m) {
+    Poll* poll = fleet_.PollOf(members[m].worker);
+    *poll->response->add_grants() = std::move((*leases)[m]);
+    --poll->free_slots;
   }
 }
 
@@ -234,18 +286,24 @@ Status Coordinator::WriteReport(Turn& turn, const std::string& id) try {
   return Internal("making it failed: ", e.what());
 }
 
-void Coordinator::Commit(Turn& turn) {
-  if (turn.events.empty()) return;
+Status Coordinator::Commit(Turn& turn) {
+  if (turn.events.empty() && turn.owners.empty()) return absl::OkStatus();
   const auto start = std::chrono::steady_clock::now();
-  const Status status = log_->Append(turn.events);
+  const Status status = log_->Append(turn.events, turn.owners);
+  if (absl::IsResourceExhausted(status)) {
+    TakeBack(status, !turn.events.empty());
+    return WithRetryAfter(WithReason(status, "DISK_FULL"), std::chrono::seconds(1));
+  }
   if (!status.ok()) {
     spdlog::critical("stopping, because events could not be made durable: {}", Message(status));
     std::_Exit(1);
   }
+  access_.Add(turn.owners);
   metrics_.OnCommit(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   committed_events_ += turn.events.size();
   if (options_.exit_after_event != 0 && committed_events_ >= options_.exit_after_event) _exit(137);
   store::Failpoint("reply_before");
+  return absl::OkStatus();
 }
 
 // After the answers: nobody waits for a line or a number.

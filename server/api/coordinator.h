@@ -6,7 +6,8 @@
 //   -> commit all new events in one transaction -> answer -> log and count -> feed the watching streams
 //
 // So nothing is answered before it is durable, many commands share one fsync, and no lock guards the state. When a commit
-// fails the process ends: its memory is ahead of its log, and a restart puts that right.
+// fails for want of room the state is made anew from the log, every caller of the turn gets RESOURCE_EXHAUSTED, and nothing changes until
+// there is room again; for any other reason the process ends: its memory is ahead of its log, and a restart puts that right.
 //
 // Start: the newest snapshot, then the events after it. Beside the loop (upkeep.h): the check of the log after an unclean stop,
 // snapshots, the collection of blobs. Events of jobs that ended `event_retention` ago are removed once two snapshots hold them.
@@ -29,6 +30,7 @@
 
 #include "common/limits.h"
 #include "common/status.h"
+#include "server/api/blob_access.h"
 #include "server/api/fleet.h"
 #include "server/api/upkeep.h"
 #include "server/jobs/core.h"
@@ -52,8 +54,8 @@ struct CoordinatorOptions {
   Milliseconds event_retention{std::chrono::hours(24 * 90)};  // after a job's end; then it can only be shown, not watched anew
   Milliseconds collect_every{std::chrono::hours(1)};  // unreferenced blobs are looked for; 0 = never
   Milliseconds collect_grace{std::chrono::hours(24)};
-  double stop_admitting_above = 0.90;  // share of the disk: no new jobs and no new leases
-  double read_only_above = 0.97;       // no uploads, no results
+  store::DiskMark disk_full = store::kDiskFull;           // no new jobs and no new leases
+  store::DiskMark disk_read_only = store::kDiskReadOnly;  // no uploads and no results either
   std::function<StatusOr<store::DiskSpace>(const std::filesystem::path&)> space_of = store::SpaceOf;
   uint64_t exit_after_event = 0;  // for tests: the process ends as if killed after this many committed events; 0 = never
 };
@@ -64,16 +66,18 @@ Status ReadTestSettings(CoordinatorOptions* options);
 
 class Coordinator {
  public:
-  // What a command may touch. `replies` run after the commit, in order.
+  // What a command may touch. `replies` run after the commit, in order, and hear how it went: after a failed one the caller must be told
+  // so, whatever the command came to.
   struct Turn {
     jobs::Core& core;
     jobs::Now now;
     jobs::Events events;
-    std::vector<std::function<void()>> replies;
+    std::vector<std::function<void(const Status& committed)>> replies;
+    std::vector<store::ArtifactOwner> owners;  // of blobs that were uploaded
   };
   using Command = std::function<void(Turn&)>;
 
-  // How full the disk is, looked at once a second.
+  // How full the disk is, looked at once a second; kReadOnly also while the log cannot be written.
   enum class Disk { kOk, kFull, kReadOnly };
 
   // Something that sends on its own as the state moves on: a watch, a log tail.
@@ -102,6 +106,7 @@ class Coordinator {
 
   void Post(Command command);
   store::BlobStore& blobs() { return *blobs_; }
+  BlobAccess& access() { return access_; }
   metrics::Metrics& metrics() { return metrics_; }
 
   // On the loop:
@@ -143,12 +148,18 @@ class Coordinator {
   void WriteReports(Turn& turn);
   Status WriteReport(Turn& turn, const std::string& job);
   void GrantLeases(Turn& turn);
-  void Commit(Turn& turn);
+  void GrantGang(Turn& turn, std::vector<scheduler::Decision> members);
+  // A port of the worker that no gang meets at; 0 when it keeps none.
+  uint32_t MeetingPort(const std::string& worker) const;
+  Status Commit(Turn& turn);
+  void TakeBack(const Status& why, bool has_events);
+  void GoOnIfThereIsRoom();
   void UpdateMetrics(const jobs::Now& now);
 
   const CoordinatorOptions options_;
   std::unique_ptr<store::EventLog> log_;
   std::unique_ptr<store::BlobStore> blobs_;
+  BlobAccess access_;
   store::AttemptLogs logs_;
   std::unique_ptr<jobs::Core> core_;
   Fleet fleet_;
@@ -166,6 +177,7 @@ class Coordinator {
   Milliseconds metrics_updated_{-1'000'000};
   uint64_t committed_events_ = 0;
   Disk disk_ = Disk::kOk;
+  bool log_full_ = false;            // the last commit failed for want of room
   bool check_due_ = false;
   uint64_t snapshot_seq_ = 0;        // of the newest snapshot
   uint64_t older_snapshot_seq_ = 0;  // of the one before: nothing after it is removed from the log

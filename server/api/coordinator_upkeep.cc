@@ -102,9 +102,9 @@ Status Coordinator::CheckDisk(Disk worst) const {
 }
 
 // Events of the turn could not be written, so it must not have been. Reading it all again takes as long as a restart does.
-void Coordinator::TakeBack(const Status& why) {
+void Coordinator::TakeBack(const Status& why, bool has_events) {
   spdlog::error("read-only until there is room; what could not be written is taken back: {}", Message(why));
-  const Status rebuilt = core_->Rebuild([this] { return Recover(); });
+  const Status rebuilt = has_events ? core_->Rebuild([this] { return Recover(); }) : absl::OkStatus();
   if (!rebuilt.ok()) {
     spdlog::critical("stopping, because the state cannot be made anew from the log: {}", Message(rebuilt));
     std::_Exit(1);
@@ -112,6 +112,7 @@ void Coordinator::TakeBack(const Status& why) {
   log_full_ = true;
   disk_ = Disk::kReadOnly;
   core_->SetReadOnly(CheckDisk(Disk::kFull));
+  access_.Rewind(core_->state().last_seq);
   references_.clear();  // its place in the order of jobs may not exist any more
   references_next_ = 0;
 }

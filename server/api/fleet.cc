@@ -11,18 +11,26 @@ constexpr Milliseconds kForgetAfter = std::chrono::hours(1);
 
 }  // namespace
 
-void Fleet::Seen(const v1::SynchronizeRequest& request, Milliseconds now) {
+bool Fleet::Seen(const v1::SynchronizeRequest& request, Milliseconds now) {
   Worker& worker = workers_[request.worker().id()];
-  worker.info = request.worker();
+  const bool brief = request.worker().brief();
+  if (!brief || worker.incarnation != request.incarnation()) {
+    worker.info = request.worker();
+    worker.incarnation = brief ? "" : request.incarnation();
+  } else {
+    worker.info.set_state(request.worker().state());
+    worker.info.set_free_disk_bytes(request.worker().free_disk_bytes());
+  }
   worker.last_seen = now;
   worker.running.clear();
   for (const v1::RunningAttempt& running : request.running()) {
     worker.running.push_back(Join(running.lease().job(), "/", running.lease().path()));
   }
+  return !worker.incarnation.empty();
 }
 
-std::function<void()> Fleet::Open(Poll poll) {
-  std::function<void()> superseded;
+std::function<void(const Status&)> Fleet::Open(Poll poll) {
+  std::function<void(const Status&)> superseded;
   const auto found = polls_.find(poll.worker);
   if (found != polls_.end()) superseded = std::move(found->second.answer);
   const std::string worker = poll.worker;
@@ -32,11 +40,11 @@ std::function<void()> Fleet::Open(Poll poll) {
   return superseded;
 }
 
-std::function<void()> Fleet::Close(const v1::SynchronizeResponse* response, Milliseconds now) {
+std::function<void(const Status&)> Fleet::Close(const v1::SynchronizeResponse* response, Milliseconds now) {
   for (auto it = polls_.begin(); it != polls_.end(); ++it) {
     if (it->second.response != response) continue;
     workers_[it->first].last_seen = now;
-    std::function<void()> answer = std::move(it->second.answer);
+    std::function<void(const Status&)> answer = std::move(it->second.answer);
     polls_.erase(it);
     return answer;
   }
@@ -50,7 +58,7 @@ std::vector<scheduler::Worker> Fleet::Workers(Milliseconds now) const {
     const auto poll = polls_.find(id);
     workers.push_back({.id = id,
                        .free_slots = poll == polls_.end() ? 0 : poll->second.free_slots,
-                       .info = &worker.info,
+                       .info = worker.incarnation.empty() ? nullptr : &worker.info,
                        .draining = worker.info.state() == "draining" || drained_.contains(id)});
   }
   return workers;
@@ -58,6 +66,11 @@ std::vector<scheduler::Worker> Fleet::Workers(Milliseconds now) const {
 
 bool Fleet::HasFree() const {
   return std::any_of(polls_.begin(), polls_.end(), [](const auto& entry) { return entry.second.free_slots > 0; });
+}
+
+const v1::WorkerInfo* Fleet::InfoOf(const std::string& worker) const {
+  const auto found = workers_.find(worker);
+  return found == workers_.end() || found->second.incarnation.empty() ? nullptr : &found->second.info;
 }
 
 Poll* Fleet::PollOf(const std::string& worker) {

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "common/status.h"
 #include "refinery/v1/worker_service.pb.h"
 #include "server/scheduler/schedule.h"
 
@@ -28,25 +29,28 @@ struct Poll {
   uint32_t free_slots = 0;
   Milliseconds deadline{0};             // answered then at the latest
   v1::SynchronizeResponse* response = nullptr;
-  std::function<void()> answer;         // sends *response; called once, after the commit
+  std::function<void(const Status&)> answer;  // sends *response, or the error; called once, after the commit
 };
 
 class Fleet {
  public:
   explicit Fleet(Milliseconds lease_ttl) : lease_ttl_(lease_ttl) {}
 
-  // Takes in what a worker says of itself.
-  void Seen(const v1::SynchronizeRequest& request, Milliseconds now);
+  // Takes in what a worker says of itself. False when it was brief and this incarnation has not said the rest yet: it must, and until
+  // then nothing is known of what it has.
+  bool Seen(const v1::SynchronizeRequest& request, Milliseconds now);
 
   // Keeps the poll until Take. An older poll of the same worker is answered at once, by the returned function.
-  std::function<void()> Open(Poll poll);
+  std::function<void(const Status&)> Open(Poll poll);
   // Forgets the poll that writes into `response`, whose caller went away; returns its answer (empty when it was taken).
-  std::function<void()> Close(const v1::SynchronizeResponse* response, Milliseconds now);
+  std::function<void(const Status&)> Close(const v1::SynchronizeResponse* response, Milliseconds now);
 
   // Those that live, with the room that their polls offer; valid until the next change.
   std::vector<scheduler::Worker> Workers(Milliseconds now) const;
   // Whether a poll is open that could take a lease.
   bool HasFree() const;
+  // What is known of it; null when nothing is.
+  const v1::WorkerInfo* InfoOf(const std::string& worker) const;
   // To add something to its answer.
   Poll* PollOf(const std::string& worker);
   // With `drain` the worker counts as draining, whatever it says of itself; kept also while the worker is away.
@@ -63,6 +67,7 @@ class Fleet {
  private:
   struct Worker {
     v1::WorkerInfo info;
+    std::string incarnation;  // that said it; empty: none did
     std::vector<std::string> running;
     Milliseconds last_seen{0};
   };

@@ -23,7 +23,7 @@ class PollReactor final : public grpc::ServerUnaryReactor {
   // The caller went away: what the poll was granted meanwhile is not lost, its lease just runs out.
   void OnCancel() override {
     coordinator_->Post([coordinator = coordinator_, response = response_](Coordinator::Turn& turn) {
-      const std::function<void()> answer = coordinator->fleet().Close(response, turn.now.steady);
+      const std::function<void(const Status&)> answer = coordinator->fleet().Close(response, turn.now.steady);
       if (answer) turn.replies.push_back(answer);
     });
   }
@@ -51,12 +51,20 @@ Milliseconds TimeLeft(const grpc::CallbackServerContext& context) {
 Status CheckSynchronize(const v1::SynchronizeRequest& request) {
   const std::string& id = request.worker().id();
   if (id.empty() || id.size() > kMaxIdBytes) return InvalidArgument("worker.id must have 1 to ", kMaxIdBytes, " characters");
+  if (request.worker().labels_size() > static_cast<int>(limits::kMaxWorkerLabels) ||
+      request.worker().cached_size() > static_cast<int>(limits::kMaxReportedArtifacts)) {
+    return InvalidArgument("worker has ", request.worker().labels_size(), " labels and ", request.worker().cached_size(),
+                           " cached artifacts; at most ", limits::kMaxWorkerLabels, " and ", limits::kMaxReportedArtifacts,
+                           " are possible");
+  }
   if (request.incarnation().empty()) return InvalidArgument("incarnation is missing; the agent makes one at its start");
   return absl::OkStatus();
 }
 
 // Tokens and loss for the metrics, logs to their files; before the core takes the request in, which replaces the progress.
-void TakeProgress(Coordinator& coordinator, const v1::SynchronizeRequest& request) {
+// False when there was no room for a log: the worker has to send it again.
+bool TakeProgress(Coordinator& coordinator, const v1::SynchronizeRequest& request) {
+  bool kept = true;
   for (const v1::RunningAttempt& running : request.running()) {
     const jobs::TaskState* task = coordinator.core().AttemptOf(running.lease());
     if (task == nullptr || task->state != v1::Task::LEASED) continue;
@@ -66,8 +74,11 @@ void TakeProgress(Coordinator& coordinator, const v1::SynchronizeRequest& reques
     if (running.log().empty()) continue;
     const Status status = coordinator.logs().Append(job.id, running.lease().path(), task->attempt, running.log_offset(),
                                                     running.log());
-    if (!status.ok()) spdlog::warn("log of {}/{}: {}", job.id, running.lease().path(), Message(status));
+    if (status.ok()) continue;
+    kept &= !absl::IsResourceExhausted(status);
+    spdlog::warn("log of {}/{}: {}", job.id, running.lease().path(), Message(status));
   }
+  return kept;
 }
 
 }  // namespace
@@ -81,18 +92,20 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
   const Milliseconds left = TimeLeft(*context) - kDeadlineMargin;
   coordinator_->Post([this, reactor, request, response, left](Coordinator::Turn& turn) {
     const Status status = CheckSynchronize(*request);
-    if (!status.ok()) return turn.replies.push_back([reactor, status] { reactor->Finish(ToGrpc(status)); });
-    TakeProgress(*coordinator_, *request);
-    coordinator_->fleet().Seen(*request, turn.now.steady);
+    if (!status.ok()) return turn.replies.push_back([reactor, status](const Status&) { reactor->Finish(ToGrpc(status)); });
+    const bool kept = TakeProgress(*coordinator_, *request);
+    const bool known = coordinator_->fleet().Seen(*request, turn.now.steady);
+    response->set_tell_worker(!known);
     jobs::Core::Report report = turn.core.Synchronize(*request, turn.now, &turn.events);
     response->mutable_cancel()->Swap(&report.cancel);
+    response->set_repeat_report(report.repeat || !kept);
     const CoordinatorOptions& options = coordinator_->options();
     response->set_lease_ttl_ms(static_cast<uint32_t>(options.lease_ttl.count()));
     // Often enough that two lost calls in a row do not cost the lease.
     response->set_next_synchronize_ms(
         static_cast<uint32_t>(std::min(limits::kSynchronizeInterval, options.lease_ttl / 4).count()));
     // A worker that has nothing and wants nothing only asks whether we are there.
-    const bool is_idle = request->running().empty() && (request->free_slots() > 0 || request->worker().state() == "draining");
+    const bool is_idle = known && request->running().empty() && (request->free_slots() > 0 || request->worker().state() == "draining");
     // Its answer may bring a lease, whose life the worker counts from when it asked: a poll must end well before that.
     const Milliseconds longest = std::min({options.long_poll, options.lease_ttl * 2 / 3, left});
     const Milliseconds wait = is_idle ? std::max(Milliseconds{0}, longest) : Milliseconds{0};
@@ -101,7 +114,9 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
                                                         .free_slots = request->free_slots(),
                                                         .deadline = turn.now.steady + wait,
                                                         .response = response,
-                                                        .answer = [reactor] { reactor->Finish(grpc::Status::OK); }});
+                                                        .answer = [reactor](const Status& committed) {
+                                                          reactor->Finish(ToGrpc(committed));
+                                                        }});
     if (superseded) turn.replies.push_back(superseded);
   });
   return reactor;
@@ -132,7 +147,9 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::CompleteTask(grpc::CallbackServerCo
       checked.mutable_success()->mutable_output()->set_size(*size);
       return turn.core.Complete(checked, turn.now, &turn.events);
     }();
-    turn.replies.push_back([reactor, status, call] { reactor->Finish(ToGrpc(status)); });
+    turn.replies.push_back([reactor, status, call](const Status& committed) {
+      reactor->Finish(ToGrpc(committed.ok() ? status : committed));
+    });
   });
   return reactor;
 }
@@ -153,7 +170,9 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::CommitCheckpoint(grpc::CallbackServ
       }
       return turn.core.CommitCheckpoint(*request, turn.now, &turn.events);
     }();
-    turn.replies.push_back([reactor, status, call] { reactor->Finish(ToGrpc(status)); });
+    turn.replies.push_back([reactor, status, call](const Status& committed) {
+      reactor->Finish(ToGrpc(committed.ok() ? status : committed));
+    });
   });
   return reactor;
 }

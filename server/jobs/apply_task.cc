@@ -128,6 +128,7 @@ void Applier::Leased(size_t i, TaskState& task, const v1::TaskLeased& leased) {
   task.attempt = leased.attempt();
   task.worker = leased.worker();
   task.incarnation = leased.incarnation();
+  task.gang = leased.gang();
   task.progress.Clear();
   task.missing_since = task.release_at = std::chrono::milliseconds(-1);
   task.slowest_step = std::chrono::milliseconds(0);
@@ -199,7 +200,6 @@ void Applier::Checkpoint(size_t, TaskState& task, const v1::CheckpointCommitted&
   task.crashes = 0;  // it gets on, so it is not what kills its workers
 }
 
-v1::Replicate* Applier::ReplicateOf(size_t i) {
 void Applier::Lost(size_t i, TaskState& task, const v1::ArtifactLost& lost) {
   task.checkpoint.Clear();
   task.checkpoint_step = 0;
@@ -217,6 +217,7 @@ void Applier::Lost(size_t i, TaskState& task, const v1::ArtifactLost& lost) {
   MakeReadyIfPossible(i);
 }
 
+v1::Replicate* Applier::ReplicateOf(size_t i) {
   const plan::PlannedTask& planned = job_->plan.tasks[i];
   v1::Trial& trial = job_->trials[planned.trial];
   while (trial.replicates_size() <= planned.replicate) {

@@ -169,6 +169,7 @@ Status Core::CompleteWithError(JobState& job, size_t i, v1::TaskError error, con
   const uint32_t attempts = job.created.policy().budget().attempts();
   const bool may_retry = MayRetry(task, error.failure_class()) && (attempts == 0 || job.attempts < attempts);
   EmitFailed(job, i, error, may_retry, now, events);
+  ReleaseGang(job.id, task.gang, job.plan.tasks[i].path, now, events);
   const uint32_t failures = std::max({task.infra_failures, task.node_failures, task.resource_failures, task.crashes, 1u});
   task.not_before = now.steady + Backoff(failures, options_.retry_backoff);
   Advance(job.id, now, events);
@@ -182,8 +183,8 @@ Status Core::CommitCheckpoint(const v1::CommitCheckpointRequest& request, const 
   if (request.step() == task.checkpoint_step && request.checkpoint().digest() == task.checkpoint.digest()) {
     return absl::OkStatus();  // said before
   }
-  if (request.step() <= task.checkpoint_step) {
   RF_RETURN_IF_ERROR(read_only_);
+  if (request.step() <= task.checkpoint_step) {
     return FailedPrecondition("checkpoint step ", request.step(), " of ", request.lease().path(), " is not after step ",
                               task.checkpoint_step, ", which was committed already");
   }

@@ -123,6 +123,15 @@ class Core {
   // Grants a READY task. NOT_FOUND when it is not READY any more (its result may have come out of the cache meanwhile).
   StatusOr<v1::Lease> Grant(const std::string& job, const std::string& path, const std::string& worker,
                             const std::string& incarnation, const Now& now, Events* events);
+  // Grants READY tasks of one job together, with ranks in this order, or none of them; errors as Grant's. They meet at the address,
+  // which is of the first one's worker. When one is lost, fails or is taken back, all are taken back; the others are charged nothing.
+  struct Member {
+    std::string path;
+    std::string worker;
+    std::string incarnation;
+  };
+  StatusOr<std::vector<v1::Lease>> GrantGang(const std::string& job, const std::vector<Member>& members, const std::string& address,
+                                             uint32_t port, const Now& now, Events* events);
   // Takes a lease back at the attempt's next checkpoint: the task is READY again and nothing is charged to it.
   void Preempt(const std::string& job, const std::string& path, const std::string& reason);
 
@@ -138,6 +147,9 @@ class Core {
   // a crash swallowed is asked for again.
   std::vector<std::string> JobsWithoutReport() const;
   Status WriteReport(const std::string& job, const v1::ArtifactRef& report, const Now& now, Events* events);
+  // The store has found that it lacks these artifacts, or a part of them: of active jobs, what made them runs again when somebody
+  // still needs it. (An attempt that fails for want of an input finds that by itself.)
+  void OnLost(const std::vector<std::string>& artifacts, const Now& now, Events* events);
   // Ends a job that cannot go on for a reason outside its tasks.
   void Fail(const std::string& job, const std::string& reason, const Now& now, Events* events);
 
@@ -147,9 +159,6 @@ class Core {
   const TaskState* AttemptOf(const v1::LeaseToken& token) const;
   const State& state() const { return state_; }
   uint64_t stale_commits() const { return stale_commits_; }
-  // The store has found that it lacks these artifacts, or a part of them: of active jobs, what made them runs again when somebody
-  // still needs it. (An attempt that fails for want of an input finds that by itself.)
-  void OnLost(const std::vector<std::string>& artifacts, const Now& now, Events* events);
 
  private:
   JobState& Job(const std::string& id) { return state_.jobs.at(id); }
@@ -175,15 +184,6 @@ class Core {
   // The task that `token` leases now; ABORTED otherwise.
   StatusOr<std::pair<JobState*, size_t>> Leased(const v1::LeaseToken& token);
 
-  // leases.cc
-  void Hold(TaskState& task, const Now& now);
-  // Whether the incarnation is one that a later one of the same worker has taken the place of.
-  bool IsOldLife(const std::string& worker, const std::string& incarnation);
-  void TakeProgress(TaskState& task, const v1::TaskProgress& progress, const Now& now);
-  void CheckMissing(const v1::SynchronizeRequest& request, const std::set<LeaseKey>& alive, const Now& now, Events* events);
-  void ExtendLeases(std::chrono::milliseconds gap, const Now& now);
-  // When the attempt is given up for want of progress.
-  std::chrono::milliseconds StallDeadline(const TaskState& task) const;
   // losses.cc
   void EmitLost(const JobState& job, size_t i, bool checkpoint, const Now& now, Events* events);
   // A done task runs again, because its output is gone.
@@ -195,12 +195,31 @@ class Core {
   // the task. An input that cannot be made again is named in `error`.
   bool TakeLosses(JobState& job, size_t i, v1::TaskError* error, const Now& now, Events* events);
 
+  // leases.cc
+  void Hold(TaskState& task, const Now& now);
+  // The position of a task that can be leased now.
+  StatusOr<size_t> Grantable(const std::string& job, const std::string& path, const Now& now, Events* events);
+  v1::Lease EmitLeased(JobState& job, size_t i, const Member& member, const v1::Gang& gang, const Now& now, Events* events);
+  // Takes back what is left of the gang whose member `lost` is not leased any more.
+  void ReleaseGang(const std::string& job, const v1::Gang& gang, const std::string& lost, const Now& now, Events* events);
+  // Whether the incarnation is one that a later one of the same worker has taken the place of.
+  bool IsOldLife(const std::string& worker, const std::string& incarnation);
+  // Whether a later message of the same life was here before it.
+  bool IsOvertaken(const v1::SynchronizeRequest& request);
+  void TakeProgress(TaskState& task, const v1::TaskProgress& progress, const Now& now);
+  void CheckMissing(const v1::SynchronizeRequest& request, const std::set<LeaseKey>& alive, const Now& now, Events* events);
+  void ExtendLeases(std::chrono::milliseconds gap, const Now& now);
+  // When the attempt is given up for want of progress.
+  std::chrono::milliseconds StallDeadline(const TaskState& task) const;
   void CheckWallBudgets(const Now& now, Events* events);
 
   const CoreOptions options_;
   State state_;
+  Status read_only_;
+  v1::RequestMark mark_;                                     // for the next event; empty outside of Once
   struct Life {
     std::string incarnation;
+    uint64_t revision = 0;         // of its newest message
     std::vector<std::string> old;
   };
   std::unordered_map<std::string, Life> lives_;              // by worker
@@ -213,5 +232,3 @@ class Core {
 };
 
 }  // namespace refinery::jobs
-  Status read_only_;
-  v1::RequestMark mark_;                                     // for the next event; empty outside of Once

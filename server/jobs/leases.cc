@@ -39,6 +39,15 @@ bool Core::IsOldLife(const std::string& worker, const std::string& incarnation) 
   if (!life.incarnation.empty()) life.old.push_back(life.incarnation);
   if (life.old.size() > kOldLives) life.old.erase(life.old.begin());
   life.incarnation = incarnation;
+  life.revision = 0;
+  return false;
+}
+
+bool Core::IsOvertaken(const v1::SynchronizeRequest& request) {
+  if (request.revision() == 0) return false;  // an agent that does not number them
+  uint64_t& newest = lives_[request.worker().id()].revision;
+  if (request.revision() <= newest) return true;
+  newest = request.revision();
   return false;
 }
 
@@ -49,6 +58,8 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
     for (const v1::RunningAttempt& running : request.running()) *report.cancel.Add() = running.lease();
     return report;
   }
+  // What it says of its leases is out of date: one may have been granted since, whose answer is on its way, or have been begun.
+  if (IsOvertaken(request)) return report;
   std::set<LeaseKey> alive;
   for (const v1::RunningAttempt& running : request.running()) {
     const TaskState* found = AttemptOf(running.lease());
@@ -61,7 +72,8 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
     const size_t i = job.index.at(running.lease().path());
     TaskState& task = job.tasks[i];
     alive.insert({job.id, i});
-    TakeNotes(job, running.lease().path(), running.notes(), now, events);
+    report.repeat |= !read_only_.ok() && !running.notes().empty();
+    if (read_only_.ok()) TakeNotes(job, running.lease().path(), running.notes(), now, events);
     if (job.state == v1::Job::CANCELLING) {  // not renewed: an attempt that will not stop runs into its deadline
       *report.cancel.Add() = running.lease();
       continue;
@@ -69,7 +81,7 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
     Hold(task, now);
     if (running.has_progress()) TakeProgress(task, running.progress(), now);
   }
-  CheckMissing(request, alive, now, events);
+  if (read_only_.ok()) CheckMissing(request, alive, now, events);
   return report;
 }
 
@@ -85,7 +97,7 @@ void Core::TakeProgress(TaskState& task, const v1::TaskProgress& progress, const
 }
 
 // Leases that this worker holds but does not run. A restarted worker has lost them. The same incarnation may be about to complete
-// them, or a message of it was overtaken, so those get some time, unless nobody wants them any more.
+// them, so those get some time, unless nobody wants them any more; and soon after a restart its message may be one that was overtaken.
 void Core::CheckMissing(const v1::SynchronizeRequest& request, const std::set<LeaseKey>& alive, const Now& now, Events* events) {
   const std::string& worker = request.worker().id();
   const auto held = state_.worker_leases.find(worker);
@@ -102,44 +114,55 @@ void Core::CheckMissing(const v1::SynchronizeRequest& request, const std::set<Le
       EmitExpired(job, key.second, v1::LeaseExpired::DROPPED, "stopped, because the job is being cancelled", now, events);
     } else if (task.missing_since.count() < 0) {
       task.missing_since = now.steady;
-    } else if (now.steady - task.missing_since >= options_.lease_ttl / 3) {
+    } else if (now.steady >= lives_known_from_ && now.steady - task.missing_since >= options_.lease_ttl / 3) {
       EmitExpired(job, key.second, v1::LeaseExpired::DROPPED, Join("worker ", worker, " does not run it any more"), now, events);
     }
   }
 }
 
-StatusOr<v1::Lease> Core::Grant(const std::string& job_id, const std::string& path, const std::string& worker,
-                                const std::string& incarnation, const Now& now, Events* events) {
+StatusOr<size_t> Core::Grantable(const std::string& job_id, const std::string& path, const Now& now, Events* events) {
   const auto found = state_.jobs.find(job_id);
   if (found == state_.jobs.end()) return NotFound("there is no job ", job_id);
   JobState& job = found->second;
   const auto position = job.index.find(path);
   if (position == job.index.end()) return NotFound("job ", job_id, " has no task ", path);
   const size_t i = position->second;
-  TaskState& task = job.tasks[i];
   if (job.state == v1::Job::PAUSED) return FailedPrecondition("job ", job_id, " is paused");
-  if (task.state == v1::Task::READY && TakeFromCache(job, i, now, events)) Advance(job_id, now, events);
-  if (task.state != v1::Task::READY) return NotFound(path, " of job ", job_id, " is not ready");
+  RF_RETURN_IF_ERROR(read_only_);
+  if (job.IsReady(i) && TakeFromCache(job, i, now, events)) Advance(job_id, now, events);
+  if (!job.IsReady(i)) return NotFound(path, " of job ", job_id, " is not ready");
+  return i;
+}
 
+StatusOr<v1::Lease> Core::Grant(const std::string& job, const std::string& path, const std::string& worker,
+                                const std::string& incarnation, const Now& now, Events* events) {
+  RF_ASSIGN_OR_RETURN(const size_t i, Grantable(job, path, now, events));
+  return EmitLeased(Job(job), i, {path, worker, incarnation}, v1::Gang(), now, events);
+}
+
+v1::Lease Core::EmitLeased(JobState& job, size_t i, const Member& member, const v1::Gang& gang, const Now& now, Events* events) {
+  TaskState& task = job.tasks[i];
   v1::Event event;
   v1::TaskLeased* leased = event.mutable_task_leased();
-  leased->set_path(path);
+  leased->set_path(member.path);
   leased->set_epoch(task.epoch + 1);
   leased->set_attempt(task.attempt + 1);
-  leased->set_worker(worker);
-  leased->set_incarnation(incarnation);
+  leased->set_worker(member.worker);
+  leased->set_incarnation(member.incarnation);
   *leased->mutable_spec() = task.spec;
-  Emit(job_id, std::move(event), now, events);
+  if (!gang.id().empty()) *leased->mutable_gang() = gang;
+  Emit(job.id, std::move(event), now, events);
   task.lease_deadline = now.steady + options_.lease_ttl;
   task.moved = now.steady;
   next_scan_ = std::min(next_scan_, task.lease_deadline);
 
   v1::Lease lease;
-  lease.mutable_token()->set_job(job_id);
-  lease.mutable_token()->set_path(path);
+  lease.mutable_token()->set_job(job.id);
+  lease.mutable_token()->set_path(member.path);
   lease.mutable_token()->set_epoch(task.epoch);
   *lease.mutable_spec() = task.spec;
   lease.set_attempt(task.attempt);
+  if (!gang.id().empty()) *lease.mutable_gang() = gang;
   if (!task.checkpoint.digest().empty()) {
     *lease.mutable_checkpoint() = task.checkpoint;
     lease.set_checkpoint_step(task.checkpoint_step);
@@ -174,6 +197,7 @@ void Core::Tick(const Now& now, Events* events) {
   const milliseconds gap = last_tick_.count() < 0 ? milliseconds(0) : now.steady - last_tick_;
   last_tick_ = now.steady;
   if (gap > options_.lease_ttl / 2) ExtendLeases(gap, now);
+  if (!read_only_.ok()) return;
   CheckWallBudgets(now, events);
   if (now.steady < next_scan_) return;
   next_scan_ = kNever;
@@ -212,6 +236,7 @@ void Core::EmitExpired(const JobState& job, size_t i, v1::LeaseExpired::Cause ca
   expired->set_reason(Cut(reason));
   expired->set_cause(cause);
   Emit(id, std::move(event), now, events);
+  ReleaseGang(id, task.gang, job.plan.tasks[i].path, now, events);
   const bool ready = task.state == v1::Task::READY;
   if (ready && cause != v1::LeaseExpired::DROPPED && task.crashes >= kMaxCrashes) {
     EmitFailed(job, i, MakeError(v1::POISON, absl::StatusCode::kAborted,
@@ -236,6 +261,7 @@ void Core::EmitReleased(const JobState& job, size_t i, const Now& now, Events* e
   released->set_worker(task.worker);
   released->set_reason(Cut(task.release_reason.empty() ? "the job is paused" : task.release_reason));
   Emit(id, std::move(event), now, events);
+  ReleaseGang(id, task.gang, job.plan.tasks[i].path, now, events);
   Advance(id, now, events);
 }
 

@@ -36,6 +36,7 @@ void Put(const TaskState& task, v1::TaskSnapshot* out) {
   out->set_crashes(task.crashes);
   for (const std::string& worker : task.avoid) out->add_avoid(worker);
   out->set_losses(task.losses);
+  if (!task.gang.id().empty()) *out->mutable_gang() = task.gang;
 }
 
 // All but `spec` and `unmet_needs`, which follow from the rest.
@@ -62,6 +63,7 @@ void Get(v1::TaskSnapshot& in, TaskState* task) {
   task->crashes = in.crashes();
   task->avoid.insert(in.avoid().begin(), in.avoid().end());
   task->losses = in.losses();
+  task->gang.Swap(in.mutable_gang());
 }
 
 void Put(const JobState& job, v1::JobSnapshot* out) {
@@ -182,10 +184,6 @@ std::string TakeSnapshot(const State& state) {
     for (const v1::Measurement& measurement : entry->second.measurements) *out->add_measurements() = measurement;
   }
   for (const auto& [name, policy] : state.tenants) *snapshot.add_tenants() = policy;
-  std::string bytes;
-  {
-    google::protobuf::io::StringOutputStream stream(&bytes);
-    google::protobuf::io::CodedOutputStream coded(&stream);
   for (const std::string& key : state.answered.order()) {
     const AnsweredRequests::Entry& entry = *state.answered.Find(key);
     v1::RequestSnapshot* out = snapshot.add_requests();
@@ -193,6 +191,10 @@ std::string TakeSnapshot(const State& state) {
     out->set_digest(entry.digest);
     out->set_time_ms(entry.time_ms);
   }
+  std::string bytes;
+  {
+    google::protobuf::io::StringOutputStream stream(&bytes);
+    google::protobuf::io::CodedOutputStream coded(&stream);
     coded.SetSerializationDeterministic(true);  // map fields in one order
     RF_CHECK(snapshot.SerializeToCodedStream(&coded));
   }
@@ -224,8 +226,8 @@ StatusOr<State> ReadSnapshot(std::string_view bytes, const std::string& code_ver
     result.measurements.assign(in.measurements().begin(), in.measurements().end());
   }
   for (const v1::TenantPolicy& policy : snapshot.tenants()) state.tenants[policy.tenant()] = policy;
+  for (const v1::RequestSnapshot& in : snapshot.requests()) state.answered.Add(in.key(), in.digest(), in.time_ms());
   return state;
 }
 
 }  // namespace refinery::jobs
-  for (const v1::RequestSnapshot& in : snapshot.requests()) state.answered.Add(in.key(), in.digest(), in.time_ms());

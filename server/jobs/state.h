@@ -39,6 +39,7 @@ struct TaskState {
   uint32_t attempt = 0;       // of the last grant, from 1
   std::string worker;         // of the last grant
   std::string incarnation;
+  v1::Gang gang;              // of the last grant; without an id it was granted alone
   bool resolved = false;      // `spec` is filled in
   v1::TaskSpec spec;          // inputs and settings filled in, from READY on
   std::string digest;         // identity of `spec`; empty when the result must not be reused
@@ -56,8 +57,8 @@ struct TaskState {
   uint32_t resource_failures = 0;
   uint32_t crashes = 0;         // attempts that ended without a word since the last checkpoint
   std::set<std::string> avoid;  // workers that are not fit for it
-  int unmet_needs = 0;
   uint32_t losses = 0;          // of its output by the store, after which it ran again
+  int unmet_needs = 0;
 
   // Volatile.
   std::chrono::milliseconds lease_deadline{0};

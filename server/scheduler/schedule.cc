@@ -50,7 +50,7 @@ class FreePlaces {
  private:
   using Set = std::set<std::pair<int64_t, size_t>>;  // (-free slots, place)
   Set& Of(const Place& place) {
-    return place.worker->info == nullptr || place.worker->info->devices().empty() ? plain_ : with_devices_;
+    return HasAccelerators(place.worker->info) ? with_devices_ : plain_;
   }
   Set plain_, with_devices_;
 };
@@ -184,10 +184,12 @@ class Scheduler {
     const JobState& job = *cursor.job;
     const size_t size = std::max(1u, group.needs->gang());
     std::vector<size_t> members;
+    bool others_come = false;  // a member of the gang is tried again soon
     for (; group.next != group.end && members.size() < size; ++group.next) {
       if (IsDue(job.tasks[*group.next])) members.push_back(*group.next);
+      others_come |= size > 1 && job.tasks[*group.next].not_before > now_.steady;
     }
-    if (members.empty()) return false;
+    if (members.empty() || (members.size() < size && others_come)) return false;
     const auto count = static_cast<uint32_t>(members.size());
     if (!WithinQuota(tenant, count, count * group.needs->devices())) {
       group.next = group.end;
@@ -206,10 +208,12 @@ class Scheduler {
       if (job.tasks[members.front()].avoid.empty()) failed_.insert(group.shape);  // nobody with these needs fits any more
       return false;
     }
+    gangs_ += size > 1;
     for (size_t m = 0; m < members.size(); ++m) {
       const TaskState& task = job.tasks[members[m]];
       if (!task.digest.empty()) coming_.insert(task.digest);
-      pass_.grants.push_back({job.id, job.plan.tasks[members[m]].path, std::string(places_[taken[m]].worker->id)});
+      pass_.grants.push_back({job.id, job.plan.tasks[members[m]].path, std::string(places_[taken[m]].worker->id),
+                              size > 1 ? gangs_ : 0});
     }
     Usage& used = usage_[tenant];
     used.leases += count;
@@ -261,7 +265,7 @@ class Scheduler {
       if (Fits(places_[i], group, task, may_avoid) && (!best || places_[i].free > places_[*best].free)) best = i;
     }
     if (best) return best;
-    return free_.Find(group.needs->devices() > 0, [&](size_t i) { return Fits(places_[i], group, task, may_avoid); });
+    return free_.Find(NeedsAccelerators(*group.needs), [&](size_t i) { return Fits(places_[i], group, task, may_avoid); });
   }
 
   // The free place that holds most bytes of the task's inputs; none when none holds any.
@@ -342,6 +346,7 @@ class Scheduler {
   std::unordered_set<std::string> failed_;             // shapes that no free place fits any more
   std::unordered_set<std::string> coming_;             // identities granted in this pass
   bool any_cached_ = false;
+  uint32_t gangs_ = 0;                                 // granted in this pass
   Pass pass_;
 };
 

@@ -8,7 +8,8 @@
 //   place        a worker that has what the task needs (match.h): first one that holds most of its inputs, then one that ran
 //                tasks of its job, then the one with the most free slots, then the lowest id. A worker that the task avoids gets
 //                it only when no other that could ever take it lives.
-//   gangs        all members or none; smaller tasks fill in until a gang has waited `gang_patience`, then the workers that fit it
+//   gangs        all members or none, so many as their kind asks for; the last ones of a job may be fewer, but none starts while
+//                others of the kind wait for their next attempt. Smaller tasks fill in until a gang has waited `gang_patience`, then the workers that fit it
 //                take nothing else.
 //   preemption   for a task that no free worker can take: leases of strictly lower priority, on workers that fit, the lowest
 //                priority and the last that became ready first; taken back at their next checkpoint. Strictly lower, so no two jobs can
@@ -39,6 +40,7 @@ struct Decision {
   std::string job;
   std::string path;
   std::string worker;  // of a preemption: who runs it
+  uint32_t gang = 0;   // grants of one pass with the same number start together or not at all; 0 = alone
 };
 
 struct Pass {

@@ -64,6 +64,10 @@ int RunCheckpoints(int count, std::map<std::string, std::string>& flags) {
 int Succeed(std::map<std::string, std::string>& flags, const nlohmann::json& spec) {
   std::cerr << "a log line\n" << "threads " << std::getenv("OMP_NUM_THREADS") << "\n";
   std::cout << "not an event\n";
+  if (const char* rank = std::getenv("RANK")) {
+    std::cerr << "rank " << rank << " of " << std::getenv("WORLD_SIZE") << " meets at " << std::getenv("MASTER_ADDR") << ":"
+              << std::getenv("MASTER_PORT") << "\n";
+  }
   Event({{"progress", {{"phase", "training"}, {"done", 1}, {"total", 2}, {"tokensTrained", "123"}}}});
   Event({{"measurement", {{"name", "validation_loss"}, {"value", 1.5}, {"count", "7"}}}});
   Event({{"note", {{"code", "damping_raised"}, {"text", "layer 3"}}}});

@@ -58,6 +58,17 @@ std::string LowerCase(std::string text) {
   return text;
 }
 
+// How programs that compute together find each other, in the variables that torch.distributed and others read.
+std::map<std::string, std::string> GangEnvironment(const v1::Gang& gang) {
+  if (gang.id().empty()) return {};
+  std::map<std::string, std::string> environment = {{"RANK", std::to_string(gang.rank())},
+                                                    {"WORLD_SIZE", std::to_string(gang.world_size())}};
+  if (gang.port() == 0) return environment;
+  environment["MASTER_ADDR"] = gang.address();
+  environment["MASTER_PORT"] = std::to_string(gang.port());
+  return environment;
+}
+
 }  // namespace
 
 // The folders of one attempt; removed with it.
@@ -227,7 +238,8 @@ StatusOr<ExitInfo> Attempt::RunTask(const Work& work) {
                       .checkpoints = work.checkpoints,
                       .cache = context_.cache,
                       .resume = work.resume,
-                      .threads = lease_.spec().threads() > 0 ? lease_.spec().threads() : context_.threads};
+                      .threads = lease_.spec().threads() > 0 ? lease_.spec().threads() : context_.threads,
+                      .environment = GangEnvironment(lease_.gang())};
   auto on_event = [&](const v1::TaskEvent& event) {
     if (event.has_checkpoint()) {
       checkpoints.Submit(event.checkpoint().name(), event.checkpoint().step());
@@ -235,7 +247,10 @@ StatusOr<ExitInfo> Attempt::RunTask(const Work& work) {
       OnEvent(event);
     }
   };
+  const uint32_t meeting_port = lease_.gang().rank() == 0 ? lease_.gang().port() : 0;
+  context_.ports->LetGo(meeting_port);
   StatusOr<ExitInfo> info = process_.Run(command, on_event, [this](std::string_view line) { log_.Append(line); });
+  context_.ports->TakeBack(meeting_port);
   bool success = info.ok() && info->code == 0 && info->signal == 0;
   skip = success;                       // the outputs make them superfluous; a failure resumes from the last
   checkpoints.Finish(/*flush=*/!success && !Forgotten());

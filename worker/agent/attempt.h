@@ -27,6 +27,7 @@
 #include "worker/agent/checkpoint_uploader.h"
 #include "worker/agent/log_buffer.h"
 #include "worker/agent/metrics.h"
+#include "worker/agent/port_reserve.h"
 #include "worker/agent/task_process.h"
 
 namespace refinery::agent {
@@ -35,6 +36,7 @@ namespace refinery::agent {
 struct AttemptContext {
   std::shared_ptr<grpc::Channel> channel;
   ArtifactCache* artifacts = nullptr;
+  PortReserve* ports = nullptr;
   WorkerMetrics* metrics = nullptr;
   std::filesystem::path cache;              // --cache of refinery-task
   std::filesystem::path work;               // each attempt has a folder below

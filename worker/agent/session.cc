@@ -67,6 +67,7 @@ bool IsRefusal(const Status& status) {
 Session::Session(SessionOptions options)
     : options_(std::move(options)),
       artifacts_(options_.cache / "artifacts"),
+      ports_(options_.slots),
       stub_(v1::WorkerService::NewStub(options_.channel)),
       incarnation_(RandomHex()),
       lease_ttl_(limits::kLeaseTtl),
@@ -93,6 +94,7 @@ StatusOr<std::unique_ptr<Session>> Session::Open(SessionOptions options) {
   const SessionOptions& o = session->options_;
   session->context_ = {.channel = o.channel,
                        .artifacts = &session->artifacts_,
+                       .ports = &session->ports_,
                        .metrics = o.metrics,
                        .cache = o.cache,
                        .work = o.cache / "work" / o.id,
@@ -218,6 +220,11 @@ void Session::Describe(v1::WorkerInfo* worker) {
     info_.mutable_cached()->Assign(cached.begin(), cached.end());
     told_ = false;
   }
+  if (const std::vector<uint32_t> ports = ports_.Ports(); !std::equal(ports.begin(), ports.end(), info_.ports().begin(),
+                                                                      info_.ports().end())) {
+    info_.mutable_ports()->Assign(ports.begin(), ports.end());
+    told_ = false;
+  }
   if (told_) {
     worker->set_id(info_.id());
     worker->set_brief(true);
@@ -232,6 +239,7 @@ v1::SynchronizeRequest Session::MakeRequest(bool stopping) {
   Describe(request.mutable_worker());
   request.mutable_worker()->set_state(stopping ? "draining" : attempts_.empty() ? "idle" : "busy");
   request.set_incarnation(incarnation_);
+  request.set_revision(++revision_);
   for (auto& attempt : attempts_) {
     *request.add_running() = attempt->Report();
     request.mutable_worker()->add_running(Join(attempt->token().job(), "/", attempt->token().path()));

@@ -25,6 +25,7 @@
 #include "worker/agent/artifact_cache.h"
 #include "worker/agent/attempt.h"
 #include "worker/agent/metrics.h"
+#include "worker/agent/port_reserve.h"
 
 namespace refinery::agent {
 
@@ -81,11 +82,13 @@ class Session {
 
   SessionOptions options_;
   ArtifactCache artifacts_;
+  PortReserve ports_;
   AttemptContext context_;
   std::unique_ptr<v1::WorkerService::Stub> stub_;
   v1::WorkerInfo info_;
   bool told_ = false;                            // the coordinator knows info_
   std::string incarnation_;
+  uint64_t revision_ = 0;                // of the last request
   int lock_fd_ = -1;
 
   std::chrono::milliseconds lease_ttl_;

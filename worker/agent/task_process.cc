@@ -79,7 +79,8 @@ StatusOr<ExitInfo> TaskProcess::Run(const TaskCommand& command, const EventSink&
   ProcessOptions options;
   options.command = Arguments(command);
   // Threads that spin while they wait would slow their neighbours on the same cores by a factor of four.
-  options.environment = {{"OMP_WAIT_POLICY", "PASSIVE"}, {"OMP_NUM_THREADS", std::to_string(command.threads)}};
+  options.environment = command.environment;
+  options.environment.insert({{"OMP_WAIT_POLICY", "PASSIVE"}, {"OMP_NUM_THREADS", std::to_string(command.threads)}});
   RF_ASSIGN_OR_RETURN(std::unique_ptr<Process> process, Process::Start(options));
   Pump(*process, on_event, on_log);
   return process->Wait();

@@ -12,6 +12,8 @@
 #include <chrono>
 #include <filesystem>
 #include <functional>
+#include <map>
+#include <string>
 #include <string_view>
 
 #include "common/process.h"
@@ -25,6 +27,7 @@ struct TaskCommand {
   std::filesystem::path spec, inputs, outputs, checkpoints, cache;
   std::filesystem::path resume;     // empty = from the start
   uint32_t threads = 1;
+  std::map<std::string, std::string> environment;   // added to ours
 };
 
 class TaskProcess {

@@ -3,12 +3,18 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <fstream>
 
 #include "common/files.h"
 #include "common/temporary_folder.h"
 #include "tests/support/status_matchers.h"
 #include "worker/agent/artifact_cache.h"
+#include "worker/agent/port_reserve.h"
 
 namespace refinery::agent {
 namespace {
@@ -67,6 +73,44 @@ TEST(MachineTest, DescribesThisMachine) {
   EXPECT_EQ(info.devices_size(), info.device_details_size() + 1);
   EXPECT_GT(FreeDiskBytes("/tmp"), 0u);
   EXPECT_EQ(FreeDiskBytes("/no/such/folder"), 0u);
+}
+
+bool CanListen(uint32_t port) {
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  const bool ok = ::bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0 && ::listen(fd, 1) == 0;
+  ::close(fd);
+  return ok;
+}
+
+// Goal: a kept port belongs to nobody else, one that was let go to whoever listens first, and one that is taken is replaced.
+TEST(PortReserveTest, KeepsPortsUntilTheyAreLetGo) {
+  PortReserve reserve(2);
+  const std::vector<uint32_t> ports = reserve.Ports();
+  ASSERT_EQ(ports.size(), 2);
+  EXPECT_FALSE(CanListen(ports[0]));
+  reserve.LetGo(ports[0]);
+  EXPECT_TRUE(CanListen(ports[0]));
+  EXPECT_EQ(reserve.Ports(), ports);
+  reserve.TakeBack(ports[0]);
+  EXPECT_EQ(reserve.Ports(), ports);
+  EXPECT_FALSE(CanListen(ports[0]));
+  reserve.LetGo(ports[1]);
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(ports[1]));
+  ASSERT_EQ(::bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  reserve.TakeBack(ports[1]);
+  const std::vector<uint32_t> now = reserve.Ports();
+  EXPECT_EQ(now.size(), 2);
+  EXPECT_EQ(std::count(now.begin(), now.end(), ports[1]), 0);
+  ::close(fd);
+  reserve.LetGo(1);  // not ours
+  reserve.TakeBack(0);
+  EXPECT_EQ(reserve.Ports(), now);
 }
 
 // Goal: the newest come first, a bound holds, and what is no artifact is left out.

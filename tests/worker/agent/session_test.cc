@@ -173,6 +173,25 @@ TEST_F(SessionTest, SaysWhatItIsWhenThatChanges) {
   EXPECT_THAT(workers_.record().last_full.worker().cached(), ::testing::UnorderedElementsAre(input->digest(), output));
 }
 
+// Goal: a member of a gang learns its rank and where to meet; the port is one that the worker keeps and told.
+TEST_F(SessionTest, GangMembersLearnWhereToMeet) {
+  StartSession();
+  ASSERT_TRUE(workers_.WaitFor([](const Record& now) { return now.full >= 1; }));
+  const v1::WorkerInfo worker = workers_.record().last_full.worker();
+  ASSERT_EQ(worker.ports_size(), 1);
+  v1::Lease lease = MakeLease("succeed");
+  lease.mutable_gang()->set_id("x#1");
+  lease.mutable_gang()->set_world_size(3);
+  lease.mutable_gang()->set_address("host.example");
+  lease.mutable_gang()->set_port(worker.ports(0));
+  workers_.Grant(lease);
+  ASSERT_TRUE(workers_.WaitFor(OneCompleted));
+  EXPECT_THAT(workers_.record().log, HasSubstr(Join("rank 0 of 3 meets at host.example:", worker.ports(0), "\n")));
+  workers_.Grant(MakeLease("succeed", 2));  // and one that is alone does not
+  ASSERT_TRUE(workers_.WaitFor([](const Record& now) { return now.completed.size() == 2; }));
+  EXPECT_EQ(workers_.record().log.find("rank", workers_.record().log.find("rank") + 4), std::string::npos);
+}
+
 // Goal: notes and logs that the coordinator could not keep are said again; nothing is lost and nothing counted as failed.
 TEST_F(SessionTest, RepeatsAReportThatWasNotKept) {
   v1::SynchronizeResponse again;

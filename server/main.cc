@@ -19,6 +19,7 @@
 #include "server/api/recovery.h"
 #include "server/api/server.h"
 #include "server/config/config.h"
+#include "server/config/notify.h"
 #include "server/report/report.h"
 #include "server/store/backup.h"
 
@@ -70,6 +71,15 @@ void WarnOfOpenDoors(const v1::CoordinatorConfig& config, const std::string& add
   }
 }
 
+void Notify(std::string_view message) {
+  const Status status = config::NotifySupervisor(message);
+  if (!status.ok()) spdlog::warn("{}", Message(status));
+}
+
+store::DiskMark MarkOf(double percent, double gib) {
+  return {.used_above = percent / 100, .free_below = static_cast<uint64_t>(gib * (1 << 30))};
+}
+
 Status Serve(const v1::CoordinatorConfig& config, const Signals& signals) {
   const std::filesystem::path state = config.state();
   api::ServerOptions serving{.listen = config.listen(),
@@ -78,7 +88,8 @@ Status Serve(const v1::CoordinatorConfig& config, const Signals& signals) {
                                       .audit_log = config.audit_log(),
                                       .limits = {.rate_per_second = config.rate_per_second(),
                                                  .concurrent_calls = config.concurrent_calls()}},
-                             .drain = std::chrono::seconds(config.drain_seconds())};
+                             .drain = std::chrono::seconds(config.drain_seconds()),
+                             .connection_age = std::chrono::seconds(config.connection_age_seconds())};
   if (config.audit_log().empty()) serving.gate.audit_log = state / "audit.jsonl";
   if (config.audit_log() == "none") serving.gate.audit_log.clear();
   RF_ASSIGN_OR_RETURN(auto recovery, api::RecoveryServer::Start(config.listen(), serving.security));
@@ -86,7 +97,9 @@ Status Serve(const v1::CoordinatorConfig& config, const Signals& signals) {
 
   api::CoordinatorOptions options{.state = state,
                                   .lease_ttl = std::chrono::milliseconds(config.lease_ttl_ms()),
-                                  .make_report = report::MakeReport};
+                                  .make_report = report::MakeReport,
+                                  .disk_full = MarkOf(config.disk_full_percent(), config.disk_full_free_gib()),
+                                  .disk_read_only = MarkOf(config.disk_read_only_percent(), config.disk_read_only_free_gib())};
   RF_RETURN_IF_ERROR(api::ReadTestSettings(&options));
   RF_ASSIGN_OR_RETURN(const auto coordinator, api::Coordinator::Open(std::move(options)));
   if (config.metrics_address() != "none") {
@@ -102,7 +115,10 @@ Status Serve(const v1::CoordinatorConfig& config, const Signals& signals) {
   spdlog::info("serving address={} state={} version={} tls={} authenticated={}", server->address(), config.state(),
                REFINERY_VERSION, config.tls().certificate().empty() ? 0 : 1, config.principals().empty() ? 0 : 1);
 
+  Notify("READY=1");
+
   const int signal = signals.Wait();
+  Notify("STOPPING=1");
   spdlog::info("stopping signal={}", signal);
   std::error_code ignored;
   std::filesystem::remove(address_file, ignored);  // nobody should dial a coordinator that is gone

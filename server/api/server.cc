@@ -45,7 +45,7 @@ StatusOr<std::unique_ptr<grpc::Server>> Listen(grpc::ServerBuilder& builder, con
 
 Server::Server(Coordinator* coordinator, std::shared_ptr<security::Gate> gate, std::string page_key, std::chrono::seconds drain)
     : coordinator_(coordinator), drain_(drain), gate_(std::move(gate)), jobs_(coordinator, gate_.get(), std::move(page_key)),
-      workers_(coordinator, gate_.get()), artifacts_(&coordinator->blobs(), gate_.get()), admin_(coordinator, gate_.get()) {}
+      workers_(coordinator, gate_.get()), artifacts_(coordinator, gate_.get()), admin_(coordinator, gate_.get()) {}
 
 StatusOr<std::unique_ptr<Server>> Server::Start(Coordinator* coordinator, const ServerOptions& options) {
   RF_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.listen, options.security));
@@ -58,6 +58,12 @@ StatusOr<std::unique_ptr<Server>> Server::Start(Coordinator* coordinator, const 
   std::unique_ptr<Server> server(new Server(coordinator, std::move(gate), std::move(page_key), options.drain));
   grpc::ServerBuilder builder;
   SetServerArguments(builder);
+  if (options.connection_age.count() > 0) {
+    using std::chrono::milliseconds;
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, static_cast<int>(milliseconds(options.connection_age).count()));
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
+                               static_cast<int>(milliseconds(options.connection_grace).count()));
+  }
   builder.RegisterService(&server->jobs_);
   builder.RegisterService(&server->workers_);
   builder.RegisterService(&server->artifacts_);

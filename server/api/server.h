@@ -29,6 +29,10 @@ struct ServerOptions {
   ListenSecurity security;
   security::GateOptions gate;
   std::chrono::seconds drain{3};       // that calls get to end when it shuts down
+  // After this time (a tenth more or less) a connection is asked to be made anew, so that it meets new certificates and new addresses;
+  // its calls get the grace to end. 0 = never.
+  std::chrono::seconds connection_age{0};
+  std::chrono::seconds connection_grace{300};
 };
 
 class Server {

@@ -30,6 +30,11 @@ class Flags {
     option->default_str(std::to_string(value));
     return Named(option, name);
   }
+  CLI::Option* Decimal(const std::string& name, double value, const std::string& help, std::function<void(double)> set) {
+    CLI::Option* option = app_.add_option_function<double>("--" + name, std::move(set), help);
+    option->default_str(Join(value));
+    return Named(option, name);
+  }
 
   void AddAll() {
     v1::CoordinatorConfig& c = *config_;
@@ -54,6 +59,16 @@ class Flags {
            [&c](int64_t value) { c.set_lease_ttl_ms(value); })->check(CLI::Range(100, 3'600'000));
     Number("drain-seconds", c.drain_seconds(), "How long calls may go on after SIGTERM",
            [&c](int64_t value) { c.set_drain_seconds(static_cast<uint32_t>(value)); })->check(CLI::Range(0, 3600));
+    Number("connection-age-seconds", c.connection_age_seconds(), "After which a connection is to be made anew; 0 = never",
+           [&c](int64_t value) { c.set_connection_age_seconds(static_cast<uint32_t>(value)); })->check(CLI::Range(0, 1'000'000));
+    Decimal("disk-full-percent", c.disk_full_percent(), "The disk is full (no new jobs and leases) when more than this is used ...",
+            [&c](double value) { c.set_disk_full_percent(value); })->check(CLI::Range(0.0, 100.0));
+    Decimal("disk-full-free-gib", c.disk_full_free_gib(), "... and less than this is free",
+            [&c](double value) { c.set_disk_full_free_gib(value); })->check(CLI::NonNegativeNumber);
+    Decimal("disk-read-only-percent", c.disk_read_only_percent(), "Nothing more is written when more than this is used ...",
+            [&c](double value) { c.set_disk_read_only_percent(value); })->check(CLI::Range(0.0, 100.0));
+    Decimal("disk-read-only-free-gib", c.disk_read_only_free_gib(), "... and less than this is free",
+            [&c](double value) { c.set_disk_read_only_free_gib(value); })->check(CLI::NonNegativeNumber);
     Text("log-level", c.mutable_log_level(), "trace, debug, info, warn, error or off");
     Text("log-format", c.mutable_log_format(), "text or json");
   }
@@ -80,6 +95,11 @@ v1::CoordinatorConfig DefaultConfig() {
   config.set_rate_per_second(200);
   config.set_concurrent_calls(256);
   config.set_drain_seconds(3);
+  config.set_connection_age_seconds(1800);
+  config.set_disk_full_percent(90);  // the four as in server/store/blob_store.h
+  config.set_disk_full_free_gib(20);
+  config.set_disk_read_only_percent(97);
+  config.set_disk_read_only_free_gib(5);
   config.set_log_level("info");
   config.set_log_format("text");
   return config;
@@ -116,6 +136,17 @@ Status CheckConfig(const v1::CoordinatorConfig& config) {
   if (config.state().empty()) return InvalidArgument("--state is missing: the folder of the event log and the artifacts");
   if (config.lease_ttl_ms() < 100 || config.lease_ttl_ms() > 3'600'000) {
     return InvalidArgument("lease_ttl_ms must be 100 to 3600000, is ", config.lease_ttl_ms());
+  }
+  for (const double percent : {config.disk_full_percent(), config.disk_read_only_percent()}) {
+    if (!(percent >= 0 && percent <= 100)) return InvalidArgument("disk_full_percent and disk_read_only_percent go from 0 to 100");
+  }
+  for (const double gib : {config.disk_full_free_gib(), config.disk_read_only_free_gib()}) {
+    if (!(gib >= 0 && gib <= 1e9)) return InvalidArgument("disk_full_free_gib and disk_read_only_free_gib go from 0 to 1e9");
+  }
+  if (config.disk_full_percent() > config.disk_read_only_percent() ||
+      config.disk_full_free_gib() < config.disk_read_only_free_gib()) {
+    return InvalidArgument("a disk must be full before it is read-only: disk_full_percent at most disk_read_only_percent, "
+                           "disk_full_free_gib at least disk_read_only_free_gib");
   }
   RF_RETURN_IF_ERROR(InitLogging("refineryd", config.log_level(), config.log_format()));
   RF_RETURN_IF_ERROR(MakeServerCredentials(config.listen(), SecurityOf(config)).status());

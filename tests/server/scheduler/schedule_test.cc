@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <deque>
 
 #include "server/scheduler/match.h"
@@ -186,6 +187,52 @@ TEST_F(ScheduleTest, MatchesDevicesMemoryAndLabels) {
   EXPECT_EQ(Text(Run().grants), "gpu/synthesize/1@right cpu/synthesize/0@plain ");
 }
 
+// Goal: the devices counted are accelerators of the model and the memory asked for, not the processor.
+TEST_F(ScheduleTest, MatchesModelAndMemoryOfEachDevice) {
+  v1::JobPolicy policy;
+  policy.mutable_requirements()->set_devices(1);
+  policy.mutable_requirements()->set_device("H200");
+  policy.mutable_requirements()->set_device_memory_bytes(uint64_t{100} << 30);
+  Create("gpu", 1, policy);
+  fleet_.Add("cpu", 1).add_devices("cpu");
+  v1::WorkerInfo& small = fleet_.Add("small", 1);
+  v1::WorkerInfo& mixed = fleet_.Add("mixed", 1);
+  for (v1::WorkerInfo* info : {&small, &mixed}) {
+    for (const char* name : {"cpu", "cuda:0", "cuda:1"}) info->add_devices(name);
+    for (int i = 0; i < 2; ++i) {
+      v1::Device* device = info->add_device_details();
+      device->set_name(Join("cuda:", i));
+      device->set_model("NVIDIA H200");
+      device->set_memory_bytes(uint64_t{info == &mixed && i == 1 ? 139u : 80u} << 30);
+    }
+    info->set_device_memory_bytes(uint64_t{80} << 30);
+  }
+  EXPECT_EQ(Text(Run().grants), "gpu/synthesize/0@mixed ");
+  Create("plain", 1);
+  EXPECT_EQ(Text(Run().grants), "gpu/synthesize/0@mixed plain/synthesize/0@cpu ");
+}
+
+// Goal: a task that no worker can run is explained by what is missing, with counts and the best there is.
+TEST_F(ScheduleTest, ExplainsWhatEveryWorkerLacks) {
+  v1::JobPolicy policy;
+  policy.mutable_requirements()->set_disk_bytes(uint64_t{500} << 30);
+  policy.mutable_requirements()->set_memory_bytes(uint64_t{64} << 30);
+  (*policy.mutable_requirements()->mutable_labels())["zone"] = "a";
+  Create("a", 1, policy);
+  v1::WorkerInfo& x = fleet_.Add("x", 1);
+  x.set_memory_bytes(uint64_t{128} << 30);
+  x.set_free_disk_bytes(uint64_t{12} << 30);
+  v1::WorkerInfo& y = fleet_.Add("y", 1);
+  y.set_memory_bytes(uint64_t{32} << 30);
+  y.set_free_disk_bytes(uint64_t{700} << 30);
+  (*y.mutable_labels())["zone"] = "b";
+  const Wait wait = Why("a", "synthesize/0");
+  EXPECT_EQ(wait.reason, v1::WAIT_NO_MATCH);
+  EXPECT_EQ(wait.text, "it needs 64 GiB memory, 500 GiB free disk, label zone=a, which none of the 2 workers has: "
+                       "1 has too little memory (at most 128 GiB), 1 has too little free disk (at most 700 GiB), "
+                       "2 of them lack the label zone=a");
+}
+
 // Goal: a gang starts whole or not at all; others fill in until it has waited long enough, then its places are kept free.
 TEST_F(ScheduleTest, GangsStartWholeAndAreNotStarved) {
   v1::JobPolicy policy;
@@ -201,7 +248,39 @@ TEST_F(ScheduleTest, GangsStartWholeAndAreNotStarved) {
   fleet_.Add("z", 1);
   const Pass pass = Run();
   ASSERT_EQ(pass.grants.size(), 4);
-  for (const Decision& decision : pass.grants) EXPECT_EQ(decision.job, "gang");
+  for (const Decision& decision : pass.grants) {
+    EXPECT_EQ(decision.job, "gang");
+    EXPECT_EQ(decision.gang, 1);
+  }
+}
+
+// Goal: a gang of which one member waits for its next attempt waits as a whole; the last, smaller one of a job does not.
+TEST_F(ScheduleTest, GangWaitsForAMemberThatFailed) {
+  v1::JobPolicy policy;
+  (*policy.mutable_by_kind())["synthesize"].set_gang(3);
+  Create("gang", 5, policy);
+  fleet_.Add("x", 9);
+  const Pass pass = Run();
+  ASSERT_EQ(pass.grants.size(), 5);
+  std::map<uint32_t, int> sizes;
+  for (const Decision& decision : pass.grants) ++sizes[decision.gang];
+  EXPECT_EQ(sizes, (std::map<uint32_t, int>{{1, 3}, {2, 2}}));
+  std::vector<jobs::Core::Member> members;
+  for (int i = 0; i < 3; ++i) members.push_back({pass.grants[static_cast<size_t>(i)].path, "x", "i"});
+  const auto leases = driver_.core.GrantGang("gang", members, "host", 7, driver_.now, &driver_.events);
+  ASSERT_THAT(leases, IsOk());
+  for (const char* path : {"synthesize/3", "synthesize/4"}) {
+    ASSERT_THAT(driver_.Complete(CoreDriver::Success(Lease("gang", path, "x"))), IsOk());
+  }
+  ASSERT_THAT(driver_.Complete(CoreDriver::Failure((*leases)[1], v1::INFRA)), IsOk());
+  const auto synthesizes = [&] {  // others are ready by now
+    const Pass now = Run();
+    return std::count_if(now.grants.begin(), now.grants.end(),
+                         [](const Decision& decision) { return decision.path.starts_with("synthesize/"); });
+  };
+  EXPECT_EQ(synthesizes(), 0);
+  driver_.Wait(10'000);
+  EXPECT_EQ(synthesizes(), 3);
 }
 
 // Goal: only strictly lower priority is pushed out, only tasks with checkpoints, as many as wait, at a checkpoint, uncharged.

@@ -28,6 +28,14 @@ TEST(SimulationTest, NoInvariantBreaksIn300Runs) {
   EXPECT_EQ(total.late_commits_refused, total.late_commits);
 }
 
+// 3113: late messages of a worker that did not know of a lease yet took it away while it was on its way to the worker.
+TEST(SimulationTest, SeedsThatFoundBugs) {
+  for (const uint64_t seed : {uint64_t{3113}}) {
+    const Result result = Simulate({.seed = seed});
+    EXPECT_TRUE(result.ok) << seed << ": " << result.failure;
+  }
+}
+
 TEST(SimulationTest, ARunIsAFunctionOfItsSeed) {
   const Result once = Simulate({.seed = 7}), again = Simulate({.seed = 7});
   EXPECT_EQ(once.time, again.time);

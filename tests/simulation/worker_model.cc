@@ -87,6 +87,7 @@ void WorkerModel::Synchronize() {
   const bool idle = attempts_.empty();
   request->set_free_slots(slots_ - std::min<uint32_t>(slots_, static_cast<uint32_t>(attempts_.size())));
   const int call = ++sync_call_;
+  request->set_revision(static_cast<uint64_t>(call));
   const Time sent = world_->queue.now();
   const auto fail = [this, call] {
     if (call != sync_call_) return;

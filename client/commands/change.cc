@@ -23,6 +23,13 @@ int Show(const v1::Job& job, const Globals& globals) {
   return kOk;
 }
 
+// One sentence, also when there was nothing left to do.
+int ShowEnded(const v1::Job& job, const Globals& globals) {
+  if (globals.json || (job.state() != v1::Job::SUCCEEDED && job.state() != v1::Job::FAILED)) return Show(job, globals);
+  std::cerr << "job " << job.id() << " had ended before: it has " << StateName(job.state()) << "\n";
+  return kOk;
+}
+
 StatusOr<int> Change(Verb verb, const std::string& id, const std::string& reason, const Globals& globals) {
   RF_ASSIGN_OR_RETURN(Connection connection, Connect(globals));
   grpc::ClientContext context;
@@ -33,7 +40,7 @@ StatusOr<int> Change(Verb verb, const std::string& id, const std::string& reason
   request.set_request_id(RandomRequestId());
   v1::Job job;
   RF_RETURN_IF_ERROR(FromGrpc((connection.jobs.get()->*verb)(&context, request, &job)));
-  return Show(job, globals);
+  return ShowEnded(job, globals);
 }
 
 StatusOr<int> SetPriority(const std::string& id, int priority, const Globals& globals) {

@@ -10,6 +10,7 @@
 #include "client/exit_code.h"
 #include "client/follow.h"
 #include "client/interrupt.h"
+#include "client/recipe_input.h"
 #include "client/render/job_text.h"
 #include "client/render/json.h"
 #include "client/render/terminal.h"
@@ -58,9 +59,12 @@ StatusOr<int> Cancel(const std::string& id, const std::string& reason, const Glo
   v1::CancelJobRequest request;
   request.set_id(id);
   request.set_reason(reason);
+  request.set_request_id(RandomRequestId());
   v1::Job job;
   RF_RETURN_IF_ERROR(FromGrpc(connection.jobs->CancelJob(&context, request, &job)));
   if (globals.json) std::cout << ToJson(job);
+  else if (job.state() == v1::Job::SUCCEEDED || job.state() == v1::Job::FAILED)
+    std::cerr << "job " << job.id() << " had ended before: it has " << StateName(job.state()) << "\n";
   else std::cerr << "job " << job.id() << " is " << StateName(job.state()) << "\n";
   return kOk;
 }
@@ -138,6 +142,7 @@ StatusOr<int> Fetch(const std::string& id, const std::string& output, const Glob
     std::cout << ToJson(job);
   } else {
     if (job.has_artifact()) std::cout << (folder / "artifact").string() << "\n";
+    if (job.has_best()) std::cout << (folder / "best").string() << "\n";
     if (job.has_report()) std::cout << (folder / "report").string() << "\n";
   }
   return kOk;

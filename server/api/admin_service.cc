@@ -7,31 +7,13 @@
 
 #include "common/error_details.h"
 #include "server/api/answer.h"
+#include "server/api/requests.h"
 #include "server/jobs/policy.h"
 #include "server/scheduler/schedule.h"
 #include "server/store/backup.h"
 
 namespace refinery::api {
 namespace {
-
-// A change that is remembered by its request id.
-template <typename Request>
-StatusOr<bool> WasDone(Requests& requests, security::Call& call, std::string_view method, const Request& request,
-                       const Coordinator::Turn& turn) {
-  RF_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
-  call.set_request_id(request.request_id());
-  Request content = request;
-  content.clear_request_id();
-  return requests.WasDone(call.principal().name, method, content, request.request_id(), turn.now.steady);
-}
-
-template <typename Request>
-void Remember(Requests& requests, const security::Call& call, std::string_view method, const Request& request,
-              const Coordinator::Turn& turn) {
-  Request content = request;
-  content.clear_request_id();
-  requests.Remember(call.principal().name, method, content, request.request_id(), turn.now.steady);
-}
 
 v1::Tenant ShowTenant(const jobs::State& state, const std::string& name, const std::map<std::string, scheduler::Usage>& usage) {
   v1::Tenant tenant;
@@ -70,7 +52,9 @@ AdminServiceImpl::~AdminServiceImpl() {
 
 void AdminServiceImpl::Describe(const Coordinator::Turn& turn, v1::CoordinatorInfo* info) const {
   const jobs::State& state = turn.core.state();
-  info->set_state(coordinator_->held() ? "draining" : "serving");
+  const Coordinator::Disk disk = coordinator_->disk();
+  info->set_state(disk == Coordinator::Disk::kReadOnly ? "read_only" : coordinator_->held() ? "draining" : "serving");
+  info->set_disk_state(disk == Coordinator::Disk::kReadOnly ? "read_only" : disk == Coordinator::Disk::kFull ? "full" : "ok");
   info->set_version(REFINERY_VERSION);
   info->set_start_time_ms(start_time_ms_);
   info->set_last_seq(state.last_seq);
@@ -107,16 +91,34 @@ grpc::ServerUnaryReactor* AdminServiceImpl::GetCoordinator(grpc::CallbackServerC
                 });
 }
 
+// Whether a drain was done before, by its request id. A durable call's id is not for a drain.
+template <typename Request>
+StatusOr<bool> AdminServiceImpl::WasDrained(const Coordinator::Turn& turn, security::Call& call, std::string_view method,
+                                            const Request& request) {
+  RF_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  call.set_request_id(request.request_id());
+  const v1::RequestMark mark = MarkOf(call.principal().name, method, request);
+  RF_RETURN_IF_ERROR(turn.core.WasDone(mark).status());
+  return jobs::WasDone(drains_, mark);
+}
+
+template <typename Request>
+void AdminServiceImpl::RememberDrain(const Coordinator::Turn& turn, const security::Call& call, std::string_view method,
+                                     const Request& request) {
+  const v1::RequestMark mark = MarkOf(call.principal().name, method, request);
+  if (!mark.key().empty()) drains_.Add(mark.key(), mark.digest(), turn.now.unix_ms);
+}
+
 grpc::ServerUnaryReactor* AdminServiceImpl::DrainCoordinator(grpc::CallbackServerContext* context,
                                                              const v1::DrainCoordinatorRequest* request,
                                                              v1::CoordinatorInfo* response) {
   constexpr std::string_view kMethod = "/refinery.v1.AdminService/DrainCoordinator";
   return Answer(coordinator_, gate_, context, kMethod,
                 [this, kMethod, request, response](Coordinator::Turn& turn, security::Call& call) -> Status {
-                  RF_ASSIGN_OR_RETURN(const bool done, WasDone(requests_, call, kMethod, *request, turn));
+                  RF_ASSIGN_OR_RETURN(const bool done, WasDrained(turn, call, kMethod, *request));
                   if (!done && !request->validate_only()) {
                     coordinator_->set_held(request->drain());
-                    Remember(requests_, call, kMethod, *request, turn);
+                    RememberDrain(turn, call, kMethod, *request);
                     spdlog::info("leases are {} by {}", request->drain() ? "held back" : "granted again", call.principal().name);
                   }
                   Describe(turn, response);
@@ -129,11 +131,11 @@ grpc::ServerUnaryReactor* AdminServiceImpl::DrainWorker(grpc::CallbackServerCont
   constexpr std::string_view kMethod = "/refinery.v1.AdminService/DrainWorker";
   return Answer(coordinator_, gate_, context, kMethod,
                 [this, kMethod, request, response](Coordinator::Turn& turn, security::Call& call) -> Status {
-                  RF_ASSIGN_OR_RETURN(const bool done, WasDone(requests_, call, kMethod, *request, turn));
+                  RF_ASSIGN_OR_RETURN(const bool done, WasDrained(turn, call, kMethod, *request));
                   call.set_resource(Join("workers/", request->worker().substr(0, 200)));
                   if (!done && !request->validate_only()) {
                     coordinator_->fleet().Drain(request->worker(), request->drain());
-                    Remember(requests_, call, kMethod, *request, turn);
+                    RememberDrain(turn, call, kMethod, *request);
                   }
                   for (const v1::WorkerInfo& worker : coordinator_->fleet().List(turn.now.steady)) {
                     if (worker.id() != request->worker()) continue;
@@ -183,7 +185,10 @@ grpc::ServerUnaryReactor* AdminServiceImpl::SetTenant(grpc::CallbackServerContex
                   const std::string& name = request->tenant().name();
                   RF_RETURN_IF_ERROR(WithField(CheckName(name, "tenant.name"), "tenant.name"));
                   call.set_resource(Join("tenants/", name));
-                  RF_ASSIGN_OR_RETURN(const bool done, WasDone(requests_, call, kMethod, *request, turn));
+                  RF_RETURN_IF_ERROR(CheckRequestId(request->request_id()));
+                  call.set_request_id(request->request_id());
+                  const v1::RequestMark mark = MarkOf(call.principal().name, kMethod, *request);
+                  RF_ASSIGN_OR_RETURN(const bool done, turn.core.WasDone(mark));
                   v1::TenantPolicy policy;
                   policy.set_tenant(name);
                   policy.set_weight(request->tenant().weight());
@@ -192,8 +197,9 @@ grpc::ServerUnaryReactor* AdminServiceImpl::SetTenant(grpc::CallbackServerContex
                   policy.set_max_jobs(request->tenant().max_jobs());
                   RF_RETURN_IF_ERROR(jobs::CheckTenant(policy));
                   if (!done && !request->validate_only()) {
-                    RF_RETURN_IF_ERROR(turn.core.SetTenant(policy, turn.now, &turn.events));
-                    Remember(requests_, call, kMethod, *request, turn);
+                    RF_RETURN_IF_ERROR(turn.core.Once(mark, turn.now, &turn.events, [&] {
+                      return turn.core.SetTenant(policy, turn.now, &turn.events);
+                    }));
                   }
                   *response = ShowTenant(turn.core.state(), name, scheduler::UsageOf(turn.core.state()));
                   return absl::OkStatus();

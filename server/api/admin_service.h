@@ -7,11 +7,11 @@
 
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <thread>
 
 #include "refinery/v1/admin_service.grpc.pb.h"
 #include "server/api/coordinator.h"
-#include "server/api/requests.h"
 #include "server/security/gate.h"
 
 namespace refinery::api {
@@ -43,12 +43,16 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
 
  private:
   void Describe(const Coordinator::Turn& turn, v1::CoordinatorInfo* info) const;
+  template <typename Request>
+  StatusOr<bool> WasDrained(const Coordinator::Turn& turn, security::Call& call, std::string_view method, const Request& request);
+  template <typename Request>
+  void RememberDrain(const Coordinator::Turn& turn, const security::Call& call, std::string_view method, const Request& request);
 
   Coordinator* const coordinator_;
   security::Gate* const gate_;
   Facts facts_;
   const int64_t start_time_ms_;
-  Requests requests_;  // on the loop
+  jobs::AnsweredRequests drains_;  // drains are not durable, so these need not be either; on the loop
   std::mutex mutex_;
   bool backing_up_ = false;  // guarded by mutex_
   std::thread backup_;

@@ -1,5 +1,7 @@
 #include "server/api/artifact_service.h"
 
+#include <future>
+
 #include "common/grpc_status.h"
 #include "common/limits.h"
 
@@ -7,6 +9,29 @@ namespace refinery::api {
 namespace {
 
 constexpr int kMaxDigestsPerCall = 10'000;
+constexpr std::chrono::seconds kLoopWait{30};
+
+// Runs `command` on the loop and waits until it is committed. (What is dropped at a stop breaks its promise.)
+template <typename Command>
+Status OnLoop(Coordinator* coordinator, Command command) {
+  auto done = std::make_shared<std::promise<Status>>();
+  std::future<Status> heard = done->get_future();
+  coordinator->Post([done, command](Coordinator::Turn& turn) {
+    command(turn);
+    turn.replies.push_back([done](const auto&... committed) {
+      Status status;
+      ((status = committed), ...);
+      done->set_value(status);
+    });
+  });
+  done.reset();
+  if (heard.wait_for(kLoopWait) != std::future_status::ready) return Unavailable("the coordinator is too busy; try again");
+  try {
+    return heard.get();
+  } catch (const std::future_error&) {
+    return Unavailable("the coordinator is stopping");
+  }
+}
 
 }  // namespace
 
@@ -37,8 +62,24 @@ class ArtifactServiceImpl::Transfer {
   bool admitted_ = false;
 };
 
-ArtifactServiceImpl::ArtifactServiceImpl(store::BlobStore* blobs, security::Gate* gate, std::chrono::milliseconds stall_limit)
-    : blobs_(blobs), gate_(gate), stall_limit_(stall_limit), watchdog_([this] { Watch(); }) {}
+ArtifactServiceImpl::ArtifactServiceImpl(Coordinator* coordinator, security::Gate* gate, std::chrono::milliseconds stall_limit)
+    : coordinator_(coordinator), blobs_(&coordinator->blobs()), gate_(gate), stall_limit_(stall_limit),
+      watchdog_([this] { Watch(); }) {}
+
+StatusOr<bool> ArtifactServiceImpl::MaySee(const security::Principal& principal, const std::string& digest) {
+  const std::string& tenant = principal.tenant;
+  BlobAccess& access = coordinator_->access();
+  if (tenant.empty() || access.Knows(tenant, digest)) return true;
+  RF_RETURN_IF_ERROR(OnLoop(coordinator_, [&access, tenant](Coordinator::Turn& turn) { access.Look(turn.core.state(), tenant); }));
+  access.Expand(*blobs_, tenant);
+  return access.Knows(tenant, digest);
+}
+
+Status ArtifactServiceImpl::Own(const security::Principal& principal, const std::string& digest) {
+  const std::string& tenant = principal.tenant;
+  if (tenant.empty() || coordinator_->access().Knows(tenant, digest)) return absl::OkStatus();
+  return OnLoop(coordinator_, [digest, tenant](Coordinator::Turn& turn) { turn.owners.push_back({digest, tenant}); });
+}
 
 ArtifactServiceImpl::~ArtifactServiceImpl() {
   {
@@ -70,7 +111,9 @@ grpc::Status ArtifactServiceImpl::FindMissingBlobs(grpc::ServerContext* context,
   for (const std::string& digest : request->digests()) {
     const Status status = blobs_->SizeOf(digest).status();
     if (absl::IsInvalidArgument(status)) return ToGrpc(status);
-    if (!status.ok()) response->add_missing(digest);
+    const StatusOr<bool> visible = status.ok() ? MaySee((*call)->principal(), digest) : false;
+    if (!visible.ok()) return ToGrpc(visible.status());
+    if (!*visible) response->add_missing(digest);
   }
   return grpc::Status::OK;
 }
@@ -81,8 +124,11 @@ grpc::Status ArtifactServiceImpl::QueryWriteStatus(grpc::ServerContext* context,
   if (!call.ok()) return ToGrpc(call.status());
   const StatusOr<uint64_t> size = blobs_->SizeOf(request->digest());
   if (absl::IsInvalidArgument(size.status())) return ToGrpc(size.status());
-  response->set_complete(size.ok());
-  response->set_committed_size(size.ok() ? *size : blobs_->PartialSize(request->digest()));
+  const security::Principal& principal = (*call)->principal();
+  const StatusOr<bool> visible = size.ok() ? MaySee(principal, request->digest()) : false;
+  if (!visible.ok()) return ToGrpc(visible.status());
+  response->set_complete(*visible);
+  response->set_committed_size(*visible ? *size : blobs_->PartialSize(request->digest(), principal.tenant));
   return grpc::Status::OK;
 }
 
@@ -96,19 +142,24 @@ grpc::Status ArtifactServiceImpl::WriteBlob(grpc::ServerContext* context, grpc::
   if (!reader->Read(&request)) return ToGrpc(InvalidArgument("the first message must name digest and size"));
   const StatusOr<uint64_t> known = blobs_->SizeOf(request.digest());
   if (absl::IsInvalidArgument(known.status())) return ToGrpc(known.status());
-  if (known.ok()) {  // someone else was faster
+  const security::Principal& principal = (*call)->principal();
+  const StatusOr<bool> visible = known.ok() ? MaySee(principal, request.digest()) : false;
+  if (!visible.ok()) return ToGrpc(visible.status());
+  if (*visible) {  // someone else was faster
     response->set_committed_size(*known);
     return grpc::Status::OK;
   }
   StatusOr<std::unique_ptr<store::BlobStore::Upload>> upload =
-      blobs_->StartUpload(request.digest(), request.size(), request.offset());
+      blobs_->StartUpload(request.digest(), request.size(), request.offset(), principal.tenant);
   if (!upload.ok()) return ToGrpc(upload.status());
+  const std::string digest = request.digest();  // only the first message names it
   do {
     transfer.Moved();
     const Status status = (*upload)->Write(request.offset(), request.data());
     if (!status.ok()) return ToGrpc(status);
     if (!request.finish()) continue;
-    const Status finished = (*upload)->Finish();
+    Status finished = (*upload)->Finish();
+    if (finished.ok()) finished = Own(principal, digest);
     if (finished.ok()) response->set_committed_size((*upload)->committed());
     return ToGrpc(finished);
   } while (reader->Read(&request));
@@ -122,6 +173,10 @@ grpc::Status ArtifactServiceImpl::ReadBlob(grpc::ServerContext* context, const v
   if (!call.ok()) return ToGrpc(call.status());
   Transfer transfer(this, context);
   if (!transfer.admitted().ok()) return ToGrpc(transfer.admitted());
+  const bool stored = blobs_->IsStored(request->digest());
+  const StatusOr<bool> visible = stored ? MaySee((*call)->principal(), request->digest()) : true;
+  if (!visible.ok()) return ToGrpc(visible.status());
+  if (!*visible) return ToGrpc(NotFound("there is no blob ", request->digest()));
   StatusOr<std::unique_ptr<store::BlobStore::Reader>> reader = blobs_->OpenReader(request->digest(), request->offset());
   if (!reader.ok()) return ToGrpc(reader.status());
   v1::ReadBlobResponse response;

@@ -5,6 +5,8 @@
 // bounded: at most kMaxTransfers at a time (RESOURCE_EXHAUSTED beyond), and a transfer whose peer is silent for kStallLimit is
 // cancelled.
 //
+// A caller of one tenant sees the blobs of that tenant only (blob_access.h); to all other ones the answer is that there is no such blob.
+//
 // Threads: any.
 
 #pragma once
@@ -17,6 +19,7 @@
 #include <thread>
 
 #include "refinery/v1/artifact_service.grpc.pb.h"
+#include "server/api/coordinator.h"
 #include "server/security/gate.h"
 #include "server/store/blob_store.h"
 
@@ -26,7 +29,8 @@ class ArtifactServiceImpl final : public v1::ArtifactService::Service {
  public:
   static constexpr int kMaxTransfers = 64;
 
-  ArtifactServiceImpl(store::BlobStore* blobs, security::Gate* gate, std::chrono::milliseconds stall_limit = std::chrono::minutes(1));
+  ArtifactServiceImpl(Coordinator* coordinator, security::Gate* gate,
+                      std::chrono::milliseconds stall_limit = std::chrono::minutes(1));
   ~ArtifactServiceImpl() override;
 
   grpc::Status FindMissingBlobs(grpc::ServerContext* context, const v1::FindMissingBlobsRequest* request,
@@ -42,7 +46,12 @@ class ArtifactServiceImpl final : public v1::ArtifactService::Service {
   class Transfer;
   // Cancels transfers that do not move.
   void Watch();
+  // Whether a caller may know of the blob, wherever it is. UNAVAILABLE when the loop does not answer.
+  StatusOr<bool> MaySee(const security::Principal& principal, const std::string& digest);
+  // The blob is the caller's from now on, durably.
+  Status Own(const security::Principal& principal, const std::string& digest);
 
+  Coordinator* const coordinator_;
   store::BlobStore* const blobs_;
   security::Gate* const gate_;
   const std::chrono::milliseconds stall_limit_;

@@ -11,6 +11,7 @@
 #include "server/api/answer.h"
 #include "server/api/diff.h"
 #include "server/api/list.h"
+#include "server/api/requests.h"
 #include "server/api/visible.h"
 #include "server/api/watch.h"
 #include "server/jobs/policy.h"
@@ -48,13 +49,32 @@ StatusOr<v1::Recipe> CompleteRecipe(const v1::Recipe& given) {
   return WithField(status, Join("recipe.", message.substr(0, message.find_first_of(" :"))));
 }
 
-Status CheckFiles(store::BlobStore& blobs, const google::protobuf::Map<std::string, std::string>& files) {
+// Whether all of an artifact is the tenant's: a manifest that he wrote himself must not open blobs of others to him, nor tell him
+// that they exist. The words are those of CheckComplete.
+Status CheckOwn(const Coordinator::Turn& turn, Coordinator& coordinator, const std::string& tenant, const std::string& digest) {
+  BlobAccess& access = coordinator.access();
+  access.Look(turn.core.state(), tenant);
+  if (access.Refers(tenant, digest)) return absl::OkStatus();
+  if (!access.Knows(tenant, digest)) {
+    return FailedPrecondition("artifact ", digest, " was not uploaded; upload its manifest and files first");
+  }
+  RF_ASSIGN_OR_RETURN(const std::vector<FileEntry> files, store::FilesOf(coordinator.blobs(), digest));
+  for (const FileEntry& file : files) {
+    if (access.Knows(tenant, file.digest)) continue;
+    return FailedPrecondition("file ", file.path, " (", file.digest, ") of artifact ", digest, " is missing; upload it first");
+  }
+  return absl::OkStatus();
+}
+
+Status CheckFiles(const Coordinator::Turn& turn, Coordinator& coordinator, const std::string& tenant,
+                  const google::protobuf::Map<std::string, std::string>& files) {
   if (files.size() > kMaxFiles) return WithField(InvalidArgument("files has more than ", kMaxFiles, " entries"), "files");
   for (const auto& [role, digest] : files) {
     if (!IsDigest(digest)) {
       return WithField(InvalidArgument("files['", role.substr(0, 80), "'] is not a digest: '", digest.substr(0, 80), "'"), "files");
     }
-    const Status status = store::CheckComplete(blobs, digest).status();
+    Status status = tenant.empty() ? absl::OkStatus() : CheckOwn(turn, coordinator, tenant, digest);
+    if (status.ok()) status = store::CheckComplete(coordinator.blobs(), digest).status();
     if (!status.ok()) return WithResource(Annotate(status, Join("file '", role.substr(0, 80), "'")), "blob", digest);
   }
   return absl::OkStatus();
@@ -89,24 +109,12 @@ Status CheckReason(const std::string& reason) {
   return WithField(InvalidArgument("reason has ", reason.size(), " bytes; at most ", kMaxReasonBytes), "reason");
 }
 
-Status NotPossible(const jobs::JobState& job, std::string_view sentence) {
-  return FailedPrecondition("job ", job.id, " is ", v1::Job::State_Name(job.state), "; ", sentence);
-}
-
 // What the core would say, for validate_only.
-Status CheckPause(const jobs::State&, const jobs::JobState& job) {
-  if (jobs::IsTerminal(job.state) || job.state == v1::Job::CANCELLING) return NotPossible(job, "only a running job can be paused");
-  return absl::OkStatus();
-}
-Status CheckResume(const jobs::State&, const jobs::JobState& job) {
-  if (jobs::IsTerminal(job.state) || job.state == v1::Job::CANCELLING) return NotPossible(job, "only a paused job can be resumed");
-  return absl::OkStatus();
-}
+Status CheckPause(const jobs::State&, const jobs::JobState& job) { return jobs::CheckPause(job); }
+Status CheckResume(const jobs::State&, const jobs::JobState& job) { return jobs::CheckResume(job); }
 Status CheckRetry(const jobs::State& state, const jobs::JobState& job) {
-  if (!jobs::IsTerminal(job.state)) return absl::OkStatus();
-  if (job.state == v1::Job::SUCCEEDED) return NotPossible(job, "there is nothing to retry");
-  if (job.study_finished && !job.best.contains("best")) return NotPossible(job, "every trial diverged, and would again");
-  return jobs::CheckJobQuota(state, job.created.policy());
+  RF_RETURN_IF_ERROR(jobs::CheckRetry(job));
+  return jobs::IsTerminal(job.state) ? jobs::CheckJobQuota(state, job.created.policy()) : absl::OkStatus();
 }
 Status CheckNothing(const jobs::State&, const jobs::JobState&) { return absl::OkStatus(); }
 
@@ -127,13 +135,6 @@ void ExplainWaits(Coordinator& coordinator, const jobs::JobState& job, const job
   }
 }
 
-template <typename Request>
-Request WithoutId(const Request& request) {
-  Request content = request;
-  content.clear_request_id();
-  return content;
-}
-
 }  // namespace
 
 Status JobServiceImpl::Create(Coordinator::Turn& turn, security::Call& call, const v1::CreateJobRequest& request,
@@ -143,7 +144,7 @@ Status JobServiceImpl::Create(Coordinator::Turn& turn, security::Call& call, con
   jobs::Core::NewJob job;
   v1::JobCreated& created = job.created;
   RF_ASSIGN_OR_RETURN(*created.mutable_recipe(), CompleteRecipe(request.recipe()));
-  RF_RETURN_IF_ERROR(CheckFiles(coordinator_->blobs(), request.files()));
+  RF_RETURN_IF_ERROR(CheckFiles(turn, *coordinator_, call.principal().tenant, request.files()));
   if (request.has_policy()) *created.mutable_policy() = request.policy();
   RF_RETURN_IF_ERROR(SettleTenant(call.principal(), created.mutable_policy()));
   RF_RETURN_IF_ERROR(jobs::CheckPolicy(created.policy()));
@@ -155,6 +156,9 @@ Status JobServiceImpl::Create(Coordinator::Turn& turn, security::Call& call, con
   created.set_request_id(scoped ? Join(tenant, ":", request.request_id()) : request.request_id());
   created.set_owner(gate_->authenticates() && request.owner().empty() ? call.principal().name : request.owner().substr(0, 200));
   job.id = request.job_id().empty() ? NewJobId(created.recipe()) : request.job_id();
+  // The core itself compares what is created; here an id of another kind of call is refused.
+  const v1::RequestMark mark = MakeMark(call.principal().name, request.request_id(), "CreateJob", v1::CreateJobRequest());
+  RF_ASSIGN_OR_RETURN(const bool known, turn.core.WasDone(mark));
   if (request.validate_only()) {
     RF_ASSIGN_OR_RETURN(const plan::Plan plan,
                         plan::MakePlan(created.recipe(), {request.files().begin(), request.files().end()}));
@@ -164,7 +168,12 @@ Status JobServiceImpl::Create(Coordinator::Turn& turn, security::Call& call, con
     return absl::OkStatus();
   }
   RF_RETURN_IF_ERROR(coordinator_->CheckDisk(Coordinator::Disk::kOk));
-  const StatusOr<std::string> id = turn.core.CreateJob(job, turn.now, &turn.events);
+  StatusOr<std::string> id;
+  const Status created_now = turn.core.Once(known ? v1::RequestMark() : mark, turn.now, &turn.events, [&] {
+    id = turn.core.CreateJob(job, turn.now, &turn.events);
+    return id.status();
+  });
+  RF_CHECK(created_now == id.status());
   if (absl::IsAlreadyExists(id.status())) return WithResource(id.status(), "job", job.id);
   if (!id.ok()) return id.status();
   const jobs::JobState& state = turn.core.state().jobs.at(*id);
@@ -207,16 +216,14 @@ grpc::ServerUnaryReactor* JobServiceImpl::Change(grpc::CallbackServerContext* co
                                                  const Request* request, v1::Job* response, Check check, Apply apply) {
   return Answer(
       coordinator_, gate_, context, method,
-      [this, method, request, response, check, apply](Coordinator::Turn& turn, security::Call& call) -> Status {
+      [method, request, response, check, apply](Coordinator::Turn& turn, security::Call& call) -> Status {
         RF_RETURN_IF_ERROR(CheckRequestId(request->request_id()));
         call.set_request_id(request->request_id());
         RF_ASSIGN_OR_RETURN(const jobs::JobState* job, FindJob(turn.core.state(), call.principal(), request->id()));
         call.set_resource(NameOf(*job));
         const std::string id = job->id;
-        const std::string& caller = call.principal().name;
-        const Request content = WithoutId(*request);
-        RF_ASSIGN_OR_RETURN(const bool done,
-                            requests_.WasDone(caller, method, content, request->request_id(), turn.now.steady));
+        const v1::RequestMark mark = MarkOf(call.principal().name, method, *request);
+        RF_ASSIGN_OR_RETURN(const bool done, turn.core.WasDone(mark));
         if (!done) {
           if (!request->etag().empty() && request->etag() != EtagOf(*job)) {
             return WithReason(Aborted("job ", id, " has changed since you read it (etag ", EtagOf(*job), "); read it again"),
@@ -224,8 +231,7 @@ grpc::ServerUnaryReactor* JobServiceImpl::Change(grpc::CallbackServerContext* co
           }
           RF_RETURN_IF_ERROR(check(turn.core.state(), *job));
           if (!request->validate_only()) {
-            RF_RETURN_IF_ERROR(apply(turn, id));
-            requests_.Remember(caller, method, content, request->request_id(), turn.now.steady);
+            RF_RETURN_IF_ERROR(turn.core.Once(mark, turn.now, &turn.events, [&] { return apply(turn, id); }));
           }
         }
         *response = ShowJob(turn.core.state().jobs.at(id), true, turn.now);
@@ -281,7 +287,7 @@ grpc::ServerUnaryReactor* JobServiceImpl::RetryJob(grpc::CallbackServerContext* 
 grpc::ServerUnaryReactor* JobServiceImpl::UpdateJob(grpc::CallbackServerContext* context, const v1::UpdateJobRequest* request,
                                                     v1::Job* response) {
   const auto check = [request](const jobs::State&, const jobs::JobState& job) -> Status {
-    if (jobs::IsTerminal(job.state)) return NotPossible(job, "its policy means nothing any more");
+    if (jobs::IsTerminal(job.state)) return FailedPrecondition("job ", job.id, " has ended; its policy means nothing any more");
     const std::string& tenant = request->policy().tenant();
     if (!tenant.empty() && tenant != TenantOf(job)) {
       return WithField(InvalidArgument("a job stays with its tenant, here ", TenantOf(job)), "policy.tenant");

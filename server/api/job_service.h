@@ -10,7 +10,6 @@
 
 #include "refinery/v1/job_service.grpc.pb.h"
 #include "server/api/coordinator.h"
-#include "server/api/requests.h"
 #include "server/security/gate.h"
 
 namespace refinery::api {
@@ -62,7 +61,6 @@ class JobServiceImpl final : public v1::JobService::CallbackService {
   Coordinator* const coordinator_;
   security::Gate* const gate_;
   const std::string page_key_;
-  Requests requests_;  // on the loop
 };
 
 }  // namespace refinery::api

@@ -1,5 +1,8 @@
 #include "server/api/requests.h"
 
+#include <google/protobuf/io/coded_stream.h>
+#include <google/protobuf/io/zero_copy_stream_impl_lite.h>
+
 #include <algorithm>
 #include <cctype>
 
@@ -10,9 +13,17 @@ namespace refinery::api {
 namespace {
 
 constexpr size_t kMaxIdBytes = 64;
+constexpr size_t kDigestDigits = 32;
 
-std::string ContentOf(std::string_view method, const google::protobuf::Message& request) {
-  return DigestOf(Join(method, "\n", request.SerializeAsString()));
+// The same for equal requests in any process: map fields in one order.
+std::string BytesOf(const google::protobuf::Message& message) {
+  std::string bytes;
+  google::protobuf::io::StringOutputStream stream(&bytes);
+  google::protobuf::io::CodedOutputStream coded(&stream);
+  coded.SetSerializationDeterministic(true);
+  RF_CHECK(message.SerializeToCodedStream(&coded));
+  coded.Trim();
+  return bytes;
 }
 
 }  // namespace
@@ -24,26 +35,14 @@ Status CheckRequestId(const std::string& id) {
                    "request_id");
 }
 
-StatusOr<bool> Requests::WasDone(const std::string& caller, std::string_view method, const google::protobuf::Message& request,
-                                 const std::string& id, std::chrono::milliseconds now) {
-  while (!oldest_.empty() && (oldest_.size() > kMaxRequests || now - oldest_.front().time > kMaxAge)) {
-    content_.erase(oldest_.front().key);
-    oldest_.pop_front();
-  }
-  if (id.empty()) return false;
-  const auto found = content_.find(Join(caller, "/", id));
-  if (found == content_.end()) return false;
-  if (found->second == ContentOf(method, request)) return true;
-  return WithField(WithReason(AlreadyExists("request ", id, " was already used for another call; use a new request id"),
-                              "REQUEST_ID_REUSED"),
-                   "request_id");
-}
-
-void Requests::Remember(const std::string& caller, std::string_view method, const google::protobuf::Message& request,
-                        const std::string& id, std::chrono::milliseconds now) {
-  if (id.empty()) return;
-  const std::string key = Join(caller, "/", id);
-  if (content_.emplace(key, ContentOf(method, request)).second) oldest_.push_back({.key = key, .time = now});
+v1::RequestMark MakeMark(const std::string& caller, const std::string& id, std::string_view method,
+                         const google::protobuf::Message& content) {
+  v1::RequestMark mark;
+  if (id.empty()) return mark;
+  mark.set_key(Join(caller, "/", id));
+  const std::string digest = DigestOf(Join(method, "\n", BytesOf(content)));
+  mark.set_digest(digest.substr(digest.find(':') + 1, kDigestDigits));
+  return mark;
 }
 
 }  // namespace refinery::api

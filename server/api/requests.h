@@ -1,47 +1,34 @@
 // server/api/requests.h
 //
-// Remembers the changes that were asked for with a request id, so that a call that is repeated because its answer was lost does not
-// act twice: a late second "pause" must not undo the "resume" in between. CreateJob is remembered for good, in the event log; these
-// calls say which state is wanted, so it is enough to remember them while the process lives, for a day at most.
+// Request ids: what a caller names a change by, so that repeating the call because its answer was lost does not act twice. A mark
+// made here goes into the event log with the change (Core::Once), so a restarted coordinator knows it too.
 //
-// Threads: the coordinator's loop.
+// Errors: INVALID_ARGUMENT for an id that is none.  Threads: no shared state.
 
 #pragma once
 
-#include <chrono>
-#include <deque>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 
 #include <google/protobuf/message.h>
 
 #include "common/status.h"
+#include "refinery/v1/events.pb.h"
 
 namespace refinery::api {
 
 // INVALID_ARGUMENT unless empty or 1 to 64 letters, digits, '-' and '_'.
 Status CheckRequestId(const std::string& id);
 
-class Requests {
- public:
-  static constexpr size_t kMaxRequests = 100'000;
-  static constexpr std::chrono::hours kMaxAge{24};
+// The mark of `content`, a request without its id, to `method`; an empty one without an id.
+v1::RequestMark MakeMark(const std::string& caller, const std::string& id, std::string_view method,
+                         const google::protobuf::Message& content);
 
-  // Whether `request` of `caller` to `method` was done before; ALREADY_EXISTS when its id stands for another one. A request without an id was
-  // never done before.
-  StatusOr<bool> WasDone(const std::string& caller, std::string_view method, const google::protobuf::Message& request,
-                         const std::string& id, std::chrono::milliseconds now);
-  void Remember(const std::string& caller, std::string_view method, const google::protobuf::Message& request,
-                const std::string& id, std::chrono::milliseconds now);
-
- private:
-  struct Entry {
-    std::string key;
-    std::chrono::milliseconds time{0};
-  };
-  std::unordered_map<std::string, std::string> content_;  // "<caller>/<id>" -> digest of the request
-  std::deque<Entry> oldest_;
-};
+template <typename Request>
+v1::RequestMark MarkOf(const std::string& caller, std::string_view method, const Request& request) {
+  Request content = request;
+  content.clear_request_id();
+  return MakeMark(caller, request.request_id(), method, content);
+}
 
 }  // namespace refinery::api

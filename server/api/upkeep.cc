@@ -84,18 +84,28 @@ void AddReferences(const jobs::JobState& job, std::vector<std::string>* artifact
   add(job.report.digest());
 }
 
-StatusOr<store::BlobStore::Swept> Collect(store::BlobStore& blobs, const std::vector<std::string>& artifacts,
-                                          std::chrono::milliseconds now, std::chrono::milliseconds grace) {
+StatusOr<Collected> Collect(store::BlobStore& blobs, const std::vector<std::string>& artifacts, std::chrono::milliseconds now,
+                            std::chrono::milliseconds grace) {
+  Collected collected;
   std::unordered_set<std::string> live;
   for (const std::string& artifact : artifacts) {
     if (!live.insert(artifact).second) continue;
     StatusOr<std::vector<FileEntry>> files = store::FilesOf(blobs, artifact);
-    if (absl::IsNotFound(files.status())) continue;  // lost; whoever needs it will say so
+    if (absl::IsNotFound(files.status())) {
+      collected.lost.push_back(artifact);
+      continue;
+    }
     // Without its manifest nobody knows which blobs are its: better to keep all.
     if (!files.ok()) return files.status();
-    for (FileEntry& file : *files) live.insert(std::move(file.digest));
+    bool complete = true;
+    for (FileEntry& file : *files) {
+      complete = complete && blobs.Contains(file.digest);
+      live.insert(std::move(file.digest));
+    }
+    if (!complete) collected.lost.push_back(artifact);
   }
-  return blobs.Sweep([&](const std::string& digest) { return live.contains(digest); }, now, grace);
+  RF_ASSIGN_OR_RETURN(collected.swept, blobs.Sweep([&](const std::string& digest) { return live.contains(digest); }, now, grace));
+  return collected;
 }
 
 }  // namespace refinery::api

@@ -5,7 +5,8 @@
 //
 //   snapshot     the newest snapshot + the log's events after it, played into a state of its own and written down. So each snapshot
 //                also proves that the log can be replayed.
-//   collection   the loop names the artifacts that its state refers to; here their manifests are read and the rest is swept.
+//   collection   the loop names the artifacts that its state refers to; here their manifests are read and the rest is swept. What is
+//                missing of them is told to the loop: active jobs make it again.
 //
 // Threads: Start from the loop; the work runs on a thread of this object, `done` as well.
 
@@ -50,8 +51,12 @@ Status MakeSnapshot(const std::filesystem::path& state, const std::string& code_
 // Digests of every artifact that `job` refers to: its files, what its tasks read, wrote and committed, its report.
 void AddReferences(const jobs::JobState& job, std::vector<std::string>* artifacts);
 
+struct Collected {
+  store::BlobStore::Swept swept;
+  std::vector<std::string> lost;  // artifacts of which a part is not there
+};
 // One pass of the collection: `artifacts` and every blob that their manifests name are live.
-StatusOr<store::BlobStore::Swept> Collect(store::BlobStore& blobs, const std::vector<std::string>& artifacts,
-                                          std::chrono::milliseconds now, std::chrono::milliseconds grace);
+StatusOr<Collected> Collect(store::BlobStore& blobs, const std::vector<std::string>& artifacts, std::chrono::milliseconds now,
+                            std::chrono::milliseconds grace);
 
 }  // namespace refinery::api

@@ -64,7 +64,7 @@ TEST_F(ChangesTest, VerbsDoWhatTheySay) {
   EXPECT_NE(Change(&Stub::ResumeJob, id)->state(), v1::Job::PAUSED);
   EXPECT_EQ(worker.Next()->token().path(), "import/student");
   EXPECT_EQ(Change(&Stub::KillJob, id)->state(), v1::Job::CANCELLED);
-  EXPECT_THAT(Change(&Stub::PauseJob, id), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("CANCELLED")));
+  EXPECT_THAT(Change(&Stub::PauseJob, id), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("was cancelled")));
   EXPECT_THAT(Change(&Stub::RetryJob, id), IsOk());
   RunJob(id);
   EXPECT_EQ(caller_.Get(id)->state(), v1::Job::SUCCEEDED) << caller_.Get(id)->reason();
@@ -83,6 +83,63 @@ TEST_F(ChangesTest, RequestIdsAndEtagsGuardChanges) {
   const std::string etag = caller_.Get(job.id())->etag();
   EXPECT_THAT(Change(&Stub::KillJob, job.id(), "k", "", true), IsOk());
   EXPECT_EQ(caller_.Get(job.id())->etag(), etag);  // a dry run leaves no trace
+}
+
+// Goal: what cannot be done says in one sentence how the job stands and what to do instead, and the dry run says the same.
+TEST_F(ChangesTest, WrongStatesAreAnsweredInWords) {
+  const std::string id = caller_.Create()->id();
+  const auto words = [&](Caller::Verb verb) {
+    const std::string dry = Message(Change(verb, id, "", "", true).status());
+    EXPECT_EQ(dry, Message(Change(verb, id).status()));
+    return dry;
+  };
+  FakeWorker worker(caller_.channel(), "w1");
+  ASSERT_THAT(worker.Next(), IsOk());
+  ASSERT_EQ(Change(&Stub::PauseJob, id)->state(), v1::Job::PAUSED);
+  EXPECT_EQ(words(&Stub::RetryJob), Join("job ", id, " is paused; `refinery resume ", id, "` lets it go on"));
+  ASSERT_THAT(Change(&Stub::ResumeJob, id), IsOk());
+  v1::CancelJobRequest cancel;
+  cancel.set_id(id);
+  ASSERT_EQ(caller_.Call(caller_.jobs(), &Stub::CancelJob, cancel)->state(), v1::Job::CANCELLING);
+  EXPECT_EQ(words(&Stub::RetryJob), Join("job ", id, " is being cancelled; wait until it has ended, then retry it"));
+  EXPECT_THAT(words(&Stub::PauseJob), HasSubstr("is being cancelled; wait until it has ended"));
+  ASSERT_EQ(Change(&Stub::KillJob, id)->state(), v1::Job::CANCELLED);
+  EXPECT_EQ(words(&Stub::ResumeJob),
+            Join("job ", id, " was cancelled; there is nothing to resume; `refinery retry ", id, "` opens it again"));
+  EXPECT_EQ(words(&Stub::PauseJob),
+            Join("job ", id, " was cancelled; there is nothing to pause; `refinery retry ", id, "` opens it again"));
+  EXPECT_EQ(Change(&Stub::KillJob, id)->state(), v1::Job::CANCELLED);  // as wanted
+}
+
+// Goal: the same across a restart of the coordinator, for jobs and tenants; an id stands for one kind of call, also CreateJob's.
+TEST_F(ChangesTest, RequestIdsOutliveTheProcess) {
+  v1::CreateJobRequest create;
+  create.set_request_id("c1");
+  const std::string id = caller_.Create(create)->id();
+  ASSERT_EQ(Change(&Stub::PauseJob, id, "p1")->state(), v1::Job::PAUSED);
+  ASSERT_EQ(Change(&Stub::PauseJob, id, "p2")->state(), v1::Job::PAUSED);  // changes nothing, but was answered
+  ASSERT_NE(Change(&Stub::ResumeJob, id, "r1")->state(), v1::Job::PAUSED);
+  v1::SetTenantRequest light, heavy;
+  light.mutable_tenant()->set_name("physics");
+  light.mutable_tenant()->set_weight(2);
+  light.set_request_id("t1");
+  heavy = light;
+  heavy.mutable_tenant()->set_weight(5);
+  heavy.set_request_id("t2");
+  using Admin = v1::AdminService::Stub;
+  ASSERT_THAT(caller_.Call(caller_.admin(), &Admin::SetTenant, light), IsOk());
+  ASSERT_THAT(caller_.Call(caller_.admin(), &Admin::SetTenant, heavy), IsOk());
+
+  server_.Stop();
+  ASSERT_THAT(server_.Start(), IsOk());
+  caller_ = Caller(MakeChannel(server_.address()));
+  EXPECT_EQ(caller_.Create(create)->id(), id);
+  for (const char* late : {"p1", "p2"}) EXPECT_NE(Change(&Stub::PauseJob, id, late)->state(), v1::Job::PAUSED) << late;
+  EXPECT_EQ(caller_.Call(caller_.admin(), &Admin::SetTenant, light)->weight(), 5);
+  EXPECT_EQ(ReasonOf(Change(&Stub::KillJob, id, "p1").status()), "REQUEST_ID_REUSED");
+  EXPECT_EQ(ReasonOf(Change(&Stub::KillJob, id, "c1").status()), "REQUEST_ID_REUSED");
+  create.set_request_id("p1");
+  EXPECT_EQ(ReasonOf(caller_.Create(create).status()), "REQUEST_ID_REUSED");
 }
 
 TEST_F(ChangesTest, UpdateChangesThePolicyButNotTheTenant) {

@@ -31,8 +31,8 @@ struct ProjectFunction : Function<ProjectFunction> {
     const auto* stage = reinterpret_cast<const TunableStage*>(ctx->saved_data["stage"].toInt());
     const at::Tensor dy = grads[0].contiguous();
     variable_list result(2 + kMaxLinears);
-    if (ctx->needs_input_grad(0)) result[0] = at::mm(dy, saved[1]);
-    const at::Tensor dw = at::mm(dy.t(), saved[0]);
+    if (ctx->needs_input_grad(0)) result[0] = model::MatmulByInputs(dy, saved[1]);
+    const at::Tensor dw = model::MatmulByInputs(dy.t().contiguous(), saved[0]);
     int64_t row = 0;
     for (size_t i = 0; i < stage->scales.size(); ++i) {
       const GroupScales& scales = stage->scales[i];

@@ -4,9 +4,10 @@ Weights are SmolLM2-135M-Instruct as Refinery imports it from the GGUF file; bot
 one that the gold was made with: transformers' GGUF loader knows no Digits step, so the step is taken out of a copy of the folder's
 tokenizer.json (people get the tokenizer with it). The items are the gold dev set, ../shared/data.
 
-Time: bfloat16, two threads, the harness with the batch size that is best on a part of the items. Two figures, each with the same start
-and end on both sides: the whole command (`refinery eval` and the harness' simple_evaluate in a process of its own, its data sets read
-from the same files), and scoring alone (the harness' loglikelihood(); of Refinery also reading rows and building prompts).
+Time: bfloat16, two threads, the harness with the batch size that is best on a part of the items, both sides twice in turns, the
+better run of each. Two figures, each with the same start and end on both sides: the whole command (`refinery eval` and the harness'
+simple_evaluate in a process of its own, its data sets read from the same files), which is what a user waits for and has the bound,
+and scoring alone (the harness' loglikelihood(); of Refinery also reading rows and building prompts).
 Scores: float32, against what the harness itself found (../shared/data/gold).
 """
 
@@ -29,6 +30,7 @@ SHARED = ROOT.parent / "shared" / "data"
 TASKS = ["arc_easy", "commonsense_qa", "hellaswag", "mmlu", "openbookqa", "piqa", "social_i_qa", "winogrande"]
 FIVE_SHOT = ["arc_easy", "hellaswag", "mmlu", "winogrande"]
 BATCH_SIZES = [1, 8, 16, 32]
+TIMED_RUNS = 2
 THREADS = os.environ.get("OMP_NUM_THREADS", "2")
 
 
@@ -218,13 +220,19 @@ def timing(rows, refinery, options):
     print(f"harness, {part} items a task, seconds by batch size:", {size: round(seconds, 2) for size, seconds in tried.items()},
           file=sys.stderr)
     refinery.eval(["piqa"], "dev", "bfloat16", limit=2)  # the file cache is warm for both
-    found, peer_whole = run_peer(refinery.folder, best, options.items)
-    result, _, whole = refinery.eval(TASKS, "dev", "bfloat16", limit=options.items)
-    seconds = result["seconds"]["tasks"]
+    peers, ours = [], []
+    for _ in range(TIMED_RUNS):  # in turns: what else the machine does meets both
+        peers.append(run_peer(refinery.folder, best, options.items))
+        result, _, whole = refinery.eval(TASKS, "dev", "bfloat16", limit=options.items)
+        ours.append((result["seconds"]["tasks"], whole))
+        print(f"harness {peers[-1][1]:.1f} s (scoring {peers[-1][0]['seconds']:.1f}), refinery {whole:.1f} s (scoring {ours[-1][0]:.1f})",
+              file=sys.stderr)
+    found, peer_whole = peers[0][0], min(seconds for _, seconds in peers)
+    peer_scoring = min(run["seconds"] for run, _ in peers)
+    seconds, whole = (min(run[i] for run in ours) for i in (0, 1))
     name = f"gold dev set, bf16, {THREADS} threads, {found['requests']} requests, harness at batch size {best}"
     rows.add(f"{name}: whole command", whole, peer_whole, whole / peer_whole, "<= 0.25", whole <= 0.25 * peer_whole, "s")
-    rows.add(f"{name}: scoring alone", seconds, found["seconds"], seconds / found["seconds"], "<= 0.25",
-             seconds <= 0.25 * found["seconds"], "s")
+    rows.add(f"{name}: scoring alone", seconds, peer_scoring, seconds / peer_scoring, "-", None, "s")
     tokens = result["tokens"]
     rows.add("tokens through the model, shared prefixes once and not", tokens["computed"], tokens["requested"],
              tokens["computed"] / tokens["requested"], "-", None)

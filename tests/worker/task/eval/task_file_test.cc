@@ -6,6 +6,7 @@
 
 #include "common/files.h"
 #include "common/temporary_folder.h"
+#include "tests/support/byte_mutator.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/vectors.h"
 #include "worker/task/data/benchmark.h"
@@ -171,6 +172,32 @@ TEST_F(TaskFileTest, SchemaErrorsNameTheirPlace) {
   EXPECT_THAT(ErrorOf(head + "context: x\nchoices: [a, b]\nanswer: c\n"), invalid("rows.jsonl:1", "one of the choices"));
   EXPECT_THAT(ErrorOf(head + "context: x\nchoices: \"{{ question }}\"\nanswer: 0\n"), invalid("rows.jsonl:1", "list of two"));
   EXPECT_THAT(LoadTaskFile("/nowhere/task.yaml", {}), StatusIs(absl::StatusCode::kNotFound, HasSubstr("/nowhere/task.yaml")));
+}
+
+// Goal: no text makes the reader crash or run on.  Method: good files with pieces changed; some still say something.
+TEST_F(TaskFileTest, SurvivesAnyText) {
+  Write("rows.jsonl", kRows);
+  const std::string good[] = {
+      "task: mine\ntype: multiple_choice\ndata: rows.jsonl\nshots: 1\ndescription: \"Say it.\\n\"\ncontext: \"{{ question }}\"\n"
+      "choices: [\"{{ choices.text[0] }}\", \"{{ choices.text[1] }}\"]\nanswer: \"0\"\nmetrics: [acc, acc_norm]\n",
+      "type: multiple_choice\ndata: rows.jsonl\ncontext: \"{{ question }}\"\nchoices: \"{{ choices.text }}\"\nanswer: 1\ndelimiter: \"\\n\"\n",
+      "type: exact_match\ndata: rows.jsonl\npool: rows.jsonl\nshots: 2\ncontext: \"{{ question | upper }}\"\n"
+      "answer: \"{% if id %}{{ id }}{% endif %}\"\nstop: [\".\", \"\\n\"]\nmax_new_tokens: 8\nstrip: true\n",
+      "type: perplexity\ndata: rows.jsonl\ntext: \"{{ question }} {{ choices.text[1] }}\\n\"\ndetokenize: true\n"};
+  const std::vector<std::string> words = {"{{", "}}", "{%", "%}", "&a ", "*a", "- ", ": ", "|\n", "---\n", "[", "]", "{}", "null", "-1", "101",
+                                          "shots: 99999999999", "range(1000000000)", "{% for x in y %}", "{{ 'a' * 100000000 }}"};
+  int accepted = 0;
+  for (uint32_t seed = 1; seed <= 2'000; ++seed) {
+    const std::string text = testing::ByteMutator(seed).Bytes(good[seed % 4], words);
+    const std::filesystem::path path = std::filesystem::path(folder_.path()) / "some.yaml";
+    std::ofstream(path, std::ios::binary | std::ios::trunc) << text;
+    const auto task = LoadTaskFile(path.string(), {});
+    accepted += task.ok();
+    if (!task.ok()) {
+      EXPECT_FALSE(Message(task.status()).empty());
+    }
+  }
+  EXPECT_GT(accepted, 20);
 }
 
 }  // namespace

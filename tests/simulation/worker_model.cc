@@ -59,6 +59,7 @@ void WorkerModel::Crash() {
   while (!attempts_.empty()) Drop(attempts_.begin()->first);
   up_ = false;
   ++life_;
+  ++sync_call_;  // an answer that is still on its way is for nobody
   deferred_.clear();
 }
 

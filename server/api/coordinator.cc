@@ -96,7 +96,9 @@ Status Coordinator::Start() {
                         .retry_backoff = options_.retry_backoff,
                         .code_version = options_.code_version,
                         .is_complete = [this](const std::string& digest) {
-                          return store::CheckComplete(*blobs_, digest).ok();
+                          // What could not be looked at is not lost.
+                          const Status status = store::CheckComplete(*blobs_, digest).status();
+                          return !absl::IsFailedPrecondition(status) && !absl::IsNotFound(status) && !absl::IsDataLoss(status);
                         }});
   RF_RETURN_IF_ERROR(Recover());
   RF_ASSIGN_OR_RETURN(const std::vector<store::ArtifactOwner> owners, log_->ReadOwners());

@@ -119,7 +119,13 @@ void Coordinator::TakeBack(const Status& why, bool has_events) {
 
 // Once a second while the log is full.
 void Coordinator::GoOnIfThereIsRoom() {
-  if (!log_full_ || !log_->TryWriting().ok()) return;
+  if (!log_full_) return;
+  const Status writable = log_->TryWriting();
+  if (absl::IsResourceExhausted(writable)) return;
+  if (!writable.ok()) {
+    spdlog::critical("stopping, because the event log cannot be used: {}", Message(writable));
+    std::_Exit(1);
+  }
   Post([this](Turn& turn) {
     spdlog::info("the event log can be written again");
     log_full_ = false;
@@ -174,7 +180,7 @@ void Coordinator::MakeSnapshotIfDue() {
         return spdlog::error("no snapshot could be made: {}", Message(status));
       }
       spdlog::info("snapshot seq={} seconds={:.2f}", last, took.count());
-      older_snapshot_seq_ = snapshot_seq_;
+      if (snapshot_seq_ != last) older_snapshot_seq_ = snapshot_seq_;  // a rebuild may have read it already
       snapshot_seq_ = last;
     });
   });

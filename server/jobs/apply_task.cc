@@ -51,7 +51,12 @@ void Applier::MakeReadyIfPossible(size_t i) {
   Resolve(*job_, i);
   // An import names a file that can change under the same name, so it always runs; what follows it is keyed by its output.
   const bool reusable = task.unresolvable.empty() && planned.kind != v1::IMPORT_MODEL;
-  task.digest = reusable ? plan::TaskDigest(task.spec, job_->created.code_version()) : "";
+  std::string digest = reusable ? plan::TaskDigest(task.spec, job_->created.code_version()) : "";
+  if (!task.digest.empty() && digest != task.digest) {  // a lost input came out otherwise: its checkpoint is of another task
+    task.checkpoint.Clear();
+    task.checkpoint_step = 0;
+  }
+  task.digest = std::move(digest);
   SetState(i, v1::Task::READY);
 }
 

@@ -18,6 +18,9 @@ StatusOr<std::vector<v1::Lease>> Core::GrantGang(const std::string& job_id, cons
   }
   if (tasks.empty()) return InvalidArgument("a gang has at least one member");
   JobState& job = Job(job_id);
+  for (size_t m = 0; m < members.size(); ++m) {  // a result may have come in since the first look
+    if (!job.IsReady(tasks[m])) return NotFound(members[m].path, " of job ", job_id, " is not ready");
+  }
   v1::Gang gang;
   gang.set_id(Join(members[0].path, "#", job.tasks[tasks[0]].epoch + 1));  // no task is first in two gangs with one epoch
   gang.set_world_size(static_cast<uint32_t>(members.size()));

@@ -91,8 +91,7 @@ bool Core::TakeLosses(JobState& job, size_t i, v1::TaskError* error, const Now& 
 }
 
 void Core::OnLost(const std::vector<std::string>& artifacts, const Now& now, Events* events) {
-  if (artifacts.empty() || !read_only_.ok()) return;
-  if (!read_only_.ok()) return;  // the next pass finds them again
+  if (artifacts.empty() || !read_only_.ok()) return;  // the next pass finds them again
   const std::set<std::string> lost(artifacts.begin(), artifacts.end());
   const std::set<JobKey> active = state_.active;
   for (const auto& [seq, id] : active) {

@@ -31,7 +31,13 @@ Status Core::Rebuild(const std::function<Status()>& replay) {
   for (auto& [id, job] : state_.jobs) {
     const auto old = before.jobs.find(id);
     if (IsTerminal(job.state) || old == before.jobs.end() || old->second.tasks.size() != job.tasks.size()) continue;
-    for (size_t i = 0; i < job.tasks.size(); ++i) KeepVolatile(old->second.tasks[i], &job.tasks[i]);
+    const bool was_paused = old->second.state == v1::Job::PAUSED && job.state != v1::Job::PAUSED;
+    for (size_t i = 0; i < job.tasks.size(); ++i) {
+      KeepVolatile(old->second.tasks[i], &job.tasks[i]);
+      if (!was_paused) continue;  // the pause is taken back, and with it that attempts end for it
+      job.tasks[i].release_at = std::chrono::milliseconds(-1);
+      job.tasks[i].release_reason.clear();
+    }
   }
   next_scan_ = std::chrono::milliseconds(0);
   return absl::OkStatus();

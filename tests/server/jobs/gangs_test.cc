@@ -30,6 +30,7 @@ TEST(RebuildTest, TakesBackWhatWasNotWritten) {
   ASSERT_THAT(driver.Complete(CoreDriver::Success(lease)), IsOk());
   ASSERT_FALSE(driver.Grant("w2").token().path().empty());
   ASSERT_THAT(driver.Create("b", "request-b"), IsOk());
+  ASSERT_THAT(driver.core.PauseJob("a", "", driver.now, &driver.events), IsOk());
   driver.events.resize(written);
   ASSERT_THAT(driver.core.Rebuild([&]() -> Status {
     for (const v1::Event& event : driver.events) RF_RETURN_IF_ERROR(driver.core.Replay(event));
@@ -37,6 +38,7 @@ TEST(RebuildTest, TakesBackWhatWasNotWritten) {
   }), IsOk());
   EXPECT_EQ(Dump(driver.core.state()), before);
   EXPECT_EQ(driver.Task("a", lease.token().path()).progress.done(), 7);
+  EXPECT_LT(driver.Task("a", lease.token().path()).release_at.count(), 0) << "the pause was not made";
 
   driver.core.SetReadOnly(absl::ResourceExhaustedError("full"));
   EXPECT_THAT(driver.Complete(CoreDriver::Success(lease)), StatusCodeIs(absl::StatusCode::kResourceExhausted));

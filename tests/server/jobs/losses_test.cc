@@ -43,6 +43,30 @@ class LossesTest : public ::testing::Test {
     ASSERT_THAT(restored.Restore(driver_.core.Snapshot()), IsOk());
     EXPECT_EQ(Dump(restored.state()), Dump(driver_.core.state()));
   }
+  // A training commits a checkpoint and loses its data, which is made again, as `digest` unless that is empty. Its next lease.
+  v1::Lease TrainAgainAfterALoss(const std::string& digest) {
+    RF_CHECK(driver_.Create("a").ok());
+    const v1::Lease first = driver_.RunUntil([](const v1::Lease& l) { return l.spec().has_train(); });
+    v1::CommitCheckpointRequest checkpoint;
+    *checkpoint.mutable_lease() = first.token();
+    checkpoint.set_step(10);
+    checkpoint.mutable_checkpoint()->set_digest(DigestOf("checkpoint"));
+    RF_CHECK(driver_.core.CommitCheckpoint(checkpoint, driver_.now, &driver_.events).ok());
+    lost_.insert(driver_.Task("a", "curate").output.digest());
+    RF_CHECK(Miss(first).ok());
+    driver_.Wait(10'000);
+    const auto grant = [&](const std::string& path) {
+      return driver_.core.Grant("a", path, "w1", "i1", driver_.now, &driver_.events).value();
+    };
+    v1::CompleteTaskRequest end = CoreDriver::Success(grant("curate"));
+    if (!digest.empty()) end.mutable_success()->mutable_output()->set_digest(digest);
+    lost_.clear();
+    RF_CHECK(driver_.Complete(end).ok());
+    driver_.Wait(10'000);
+    const v1::Lease again = grant(first.token().path());
+    ExpectReplays();
+    return again;
+  }
   int LostEvents() const {
     return static_cast<int>(std::count_if(driver_.events.begin(), driver_.events.end(),
                                           [](const v1::Event& event) { return event.has_artifact_lost(); }));
@@ -184,6 +208,19 @@ TEST_F(LossesTest, ALostCheckpointIsForgotten) {
   lease = driver_.core.Grant("a", lease.token().path(), "w1", "i1", driver_.now, &driver_.events).value();
   EXPECT_FALSE(lease.has_checkpoint());
   EXPECT_EQ(lease.checkpoint_step(), 0u);
+}
+
+// Goal: a checkpoint is of one training on one set of inputs: when a lost input comes out otherwise, the training begins anew.
+TEST_F(LossesTest, ACheckpointOfOtherInputsIsForgotten) {
+  const v1::Lease lease = TrainAgainAfterALoss(DigestOf("made on another device"));
+  EXPECT_FALSE(lease.has_checkpoint());
+  EXPECT_EQ(lease.checkpoint_step(), 0u);
+}
+
+TEST_F(LossesTest, ACheckpointOfTheSameInputsStays) {
+  const v1::Lease lease = TrainAgainAfterALoss("");
+  EXPECT_TRUE(lease.has_checkpoint());
+  EXPECT_EQ(lease.checkpoint_step(), 10u);
 }
 
 }  // namespace

@@ -149,7 +149,7 @@ void Applier::Finished(size_t i, TaskState& task, const v1::TaskFinished& finish
   task.error.Clear();
   task.seconds = finished.seconds();
   task.peak_memory_bytes = finished.peak_memory_bytes();
-  task.reported_epoch = finished.epoch();
+  if (!finished.cached()) task.reported_epoch = finished.epoch();  // a cached result is no word of the attempt that was lost before
   const v1::TaskKind kind = job_->plan.tasks[i].kind;
   if (!finished.cached()) job_->device_seconds += finished.seconds() * std::max(1u, job_->RequirementsOf(kind).devices());
   if (!finished.task_digest().empty()) state_.results[finished.task_digest()] = {task.output, task.measurements};

@@ -16,6 +16,7 @@ void Auditor::Fail(std::string what) {
 
 void Auditor::OnEvents(const jobs::Events& events) {
   for (const v1::Event& event : events) OnEvent(event, true);
+  again_.clear();
 }
 
 void Auditor::OnRecovered(const jobs::Events& log_tail, uint64_t base_seq, uint64_t seq) {
@@ -142,7 +143,7 @@ void Auditor::OnEvent(const v1::Event& event, bool live) {
 
 void Auditor::OnLost(const v1::Event& event, Task& task, bool live) {
   const v1::ArtifactLost& lost = event.artifact_lost();
-  if (live && blobs_.contains(lost.digest())) Fail(Join("event ", seq_, " says that ", lost.digest(), " is lost; it is stored"));
+  if (live && blobs_.contains(lost.digest()) && !again_.contains(lost.digest())) Fail(Join("event ", seq_, " says that ", lost.digest(), " is lost; it is stored"));
   task.checkpoint_step = 0;
   if (lost.checkpoint()) return;
   if (!task.done) Fail(Join("event ", seq_, " says that the output of ", lost.path(), " is lost; it has none"));

@@ -47,6 +47,11 @@ class Auditor {
 
   // What workers do.
   void OnUploaded(const std::string& digest) { blobs_.insert(digest); }
+  // The same by a message of this turn, whose earlier ones may have found it missing.
+  void OnUploadedAgain(const std::string& digest) {
+    blobs_.insert(digest);
+    again_.insert(digest);
+  }
   // Removes one of the results and checkpoints that were committed so far; none more than twice.
   void LoseBlob(size_t which);
   std::vector<std::string> LostBlobs() const;
@@ -104,6 +109,7 @@ class Auditor {
   std::unordered_set<std::string> blobs_;
   std::vector<std::string> committed_;                                // results and checkpoints, oldest first
   std::map<std::string, int> lost_;                                   // how often
+  std::set<std::string> again_;                                       // uploaded by messages of this turn
   std::unordered_map<std::string, std::string> made_;                 // attempt -> digest of its output
   std::unordered_map<std::string, std::map<std::string, uint64_t>> running_;  // task -> worker -> epoch
   std::set<std::string> suspended_;

@@ -262,7 +262,7 @@ void WorkerModel::Report(const std::string& key) {
       const std::string& output = request->success().output().digest();
       Status status = absl::OkStatus();
       if (!stale && request->has_success() && !world_->options.mutations.commit_before_blob && !world_->auditor.HasBlob(output)) {
-        world_->auditor.OnUploaded(output);  // lost meanwhile: the worker sends it again
+        world_->auditor.OnUploadedAgain(output);  // lost meanwhile: the worker sends it again
       }
       status = turn.core.Complete(*request, turn.now, &turn.events);
       world_->auditor.OnCommitAnswered(request->lease(), stale, status.ok());

@@ -375,6 +375,27 @@ TEST(CoreTest, IdenticalTasksRunOnce) {
   EXPECT_EQ(driver.Task("b", "synthesize/0").state, v1::Task::CACHED);
 }
 
+// Goal: a lease that ran out stays over when the task has its result from elsewhere since.  Method: the identical task of another job
+// runs to its end between the end of the lease and the late result.
+TEST(CoreTest, ALateResultOfACachedTaskIsStale) {
+  CoreDriver driver;
+  ASSERT_THAT(driver.Create("a"), IsOk());
+  ASSERT_THAT(driver.Complete(CoreDriver::Success(driver.Grant("w1"))), IsOk());  // a's import
+  const v1::Lease late = driver.Grant("w1");
+  ASSERT_EQ(late.token().path(), "synthesize/0");
+  driver.Wait(40'000);
+  ASSERT_EQ(driver.Task("a", "synthesize/0").state, v1::Task::READY);
+  ASSERT_THAT(driver.Create("b"), IsOk());
+  const auto grant = [&](const std::string& path) {
+    return driver.core.Grant("b", path, "w2", "i1", driver.now, &driver.events).value();
+  };
+  ASSERT_THAT(driver.Complete(CoreDriver::Success(grant("import/student"))), IsOk());
+  ASSERT_THAT(driver.Complete(CoreDriver::Success(grant("synthesize/0"))), IsOk());
+  (void)driver.core.Grant("a", "synthesize/0", "w2", "i1", driver.now, &driver.events);
+  ASSERT_EQ(driver.Task("a", "synthesize/0").state, v1::Task::CACHED);
+  EXPECT_THAT(driver.Complete(CoreDriver::Success(late)), StatusCodeIs(absl::StatusCode::kAborted));
+}
+
 // Goal: a cached result whose bytes are gone is made again.
 TEST(CoreTest, CachedResultWithoutItsBytesIsNotUsed) {
   CoreDriver driver({.is_complete = [](const std::string& digest) { return digest != DigestOf("curate"); }});

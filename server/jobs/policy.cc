@@ -2,15 +2,27 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 namespace refinery::jobs {
 namespace {
 
 constexpr uint32_t kMaxGang = 4096;
+constexpr uint32_t kMaxDevices = 4096;
+constexpr uint64_t kMaxBytes = uint64_t{1} << 50;
 constexpr size_t kMaxNameBytes = 200;
 
 Status CheckRequirements(const v1::Requirements& requirements, std::string_view field) {
-  if (requirements.gang() > kMaxGang) return InvalidArgument(field, ".gang is ", requirements.gang(), "; at most ", kMaxGang);
+  const std::tuple<const char*, uint64_t, uint64_t> bounds[] = {
+      {"gang", requirements.gang(), kMaxGang},
+      {"devices", requirements.devices(), kMaxDevices},
+      {"device_memory_bytes", requirements.device_memory_bytes(), kMaxBytes},
+      {"memory_bytes", requirements.memory_bytes(), kMaxBytes},
+      {"disk_bytes", requirements.disk_bytes(), kMaxBytes},
+  };
+  for (const auto& [name, value, most] : bounds) {
+    if (value > most) return InvalidArgument(field, ".", name, " is ", value, "; at most ", most);
+  }
   return absl::OkStatus();
 }
 

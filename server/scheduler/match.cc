@@ -34,6 +34,9 @@ bool HasLabel(const v1::WorkerInfo& worker, const std::string& key, const std::s
   return found != worker.labels().end() && found->second == value;
 }
 
+// Without a sum: what jobs ask for may be any number.
+bool HasLeft(uint64_t all, uint64_t used, uint64_t needed) { return all >= used && all - used >= needed; }
+
 std::string Lack(size_t count, std::string_view lacks, std::string_view lack) {
   return Join(count, count == 1 ? " " : " of them ", count == 1 ? lacks : lack);
 }
@@ -51,8 +54,8 @@ bool CanNow(const v1::WorkerInfo* worker, const Used& used, const v1::Requiremen
   if (worker == nullptr) {
     return needs.devices() == 0 && needs.memory_bytes() == 0 && needs.disk_bytes() == 0 && needs.labels().empty();
   }
-  return (needs.devices() == 0 || FittingDevices(*worker, needs) >= uint64_t{used.devices} + needs.devices()) &&
-         (needs.memory_bytes() == 0 || worker->memory_bytes() >= used.memory_bytes + needs.memory_bytes()) &&
+  return (needs.devices() == 0 || HasLeft(FittingDevices(*worker, needs), used.devices, needs.devices())) &&
+         (needs.memory_bytes() == 0 || HasLeft(worker->memory_bytes(), used.memory_bytes, needs.memory_bytes())) &&
          worker->free_disk_bytes() >= needs.disk_bytes() &&
          std::all_of(needs.labels().begin(), needs.labels().end(),
                      [&](const auto& label) { return HasLabel(*worker, label.first, label.second); });

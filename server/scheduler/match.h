@@ -13,7 +13,7 @@ namespace refinery::scheduler {
 
 // What of a worker is taken by its leases.
 struct Used {
-  uint32_t devices = 0;
+  uint64_t devices = 0;
   uint64_t memory_bytes = 0;
 };
 

@@ -15,6 +15,9 @@ using jobs::JobKey;
 using jobs::JobState;
 using jobs::TaskState;
 
+// No worker has more; a policy that was changed while its tasks ran may say any number, and the sum must not wrap around.
+constexpr uint64_t kMostMemory = uint64_t{1} << 50;
+
 // A worker during the pass.
 struct Place {
   const Worker* worker = nullptr;
@@ -130,7 +133,7 @@ class Scheduler {
     return used->second.leases / weight;
   }
 
-  bool WithinQuota(const std::string& tenant, uint32_t leases, uint32_t devices) const {
+  bool WithinQuota(const std::string& tenant, uint32_t leases, uint64_t devices) const {
     const auto policy = state_.tenants.find(tenant);
     if (policy == state_.tenants.end()) return true;
     const auto found = usage_.find(tenant);
@@ -191,7 +194,8 @@ class Scheduler {
     }
     if (members.empty() || (members.size() < size && others_come)) return false;
     const auto count = static_cast<uint32_t>(members.size());
-    if (!WithinQuota(tenant, count, count * group.needs->devices())) {
+    const uint64_t devices = uint64_t{count} * group.needs->devices();
+    if (!WithinQuota(tenant, count, devices)) {
       group.next = group.end;
       return false;
     }
@@ -217,7 +221,7 @@ class Scheduler {
     }
     Usage& used = usage_[tenant];
     used.leases += count;
-    used.devices += count * group.needs->devices();
+    used.devices += devices;
     return true;
   }
 
@@ -241,7 +245,7 @@ class Scheduler {
       const JobState& job = state_.jobs.at(id);
       const v1::Requirements& needs = job.RequirementsOf(job.plan.tasks[i].kind);
       place.used.devices += needs.devices();
-      place.used.memory_bytes += needs.memory_bytes();
+      place.used.memory_bytes += std::min(needs.memory_bytes(), kMostMemory);
     }
     return place.used;
   }

@@ -67,7 +67,7 @@ Wait Explain(const jobs::Core& core, const jobs::JobState& job, size_t task, con
 // What the tenants' live leases take, by tenant.
 struct Usage {
   uint32_t leases = 0;
-  uint32_t devices = 0;
+  uint64_t devices = 0;
 };
 std::map<std::string, Usage> UsageOf(const jobs::State& state);
 

@@ -3,6 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <tuple>
+
+#include "server/jobs/policy.h"
 #include "tests/server/jobs/tiny_job.h"
 #include "tests/support/status_matchers.h"
 
@@ -230,6 +234,27 @@ TEST(LifecycleTest, LongMessagesStayReadable) {
   ASSERT_THAT(driver.Complete(CoreDriver::Failure(driver.Grant(), v1::INFRA, message)), IsOk());
   EXPECT_EQ(driver.Task("a", "import/student").error.message(), std::string(limits::kMaxErrorBytes - 1, 'x'));
   ExpectReplays(driver);
+}
+
+TEST(LifecycleTest, RequirementsAreBounded) {
+  const auto check = [](const std::function<void(v1::Requirements*)>& set) {
+    v1::JobPolicy policy;
+    set(&(*policy.mutable_by_kind())["train"]);
+    return CheckPolicy(policy);
+  };
+  constexpr uint64_t kMost = uint64_t{1} << 50;
+  const std::tuple<std::string, uint64_t, std::function<void(v1::Requirements*, uint64_t)>> fields[] = {
+      {"gang", 4096, [](v1::Requirements* needs, uint64_t value) { needs->set_gang(static_cast<uint32_t>(value)); }},
+      {"devices", 4096, [](v1::Requirements* needs, uint64_t value) { needs->set_devices(static_cast<uint32_t>(value)); }},
+      {"device_memory_bytes", kMost, [](v1::Requirements* needs, uint64_t value) { needs->set_device_memory_bytes(value); }},
+      {"memory_bytes", kMost, [](v1::Requirements* needs, uint64_t value) { needs->set_memory_bytes(value); }},
+      {"disk_bytes", kMost, [](v1::Requirements* needs, uint64_t value) { needs->set_disk_bytes(value); }},
+  };
+  for (const auto& [name, most, set] : fields) {
+    EXPECT_THAT(check([&, &set = set, most = most](v1::Requirements* needs) { set(needs, most); }), IsOk()) << name;
+    EXPECT_THAT(check([&, &set = set, most = most](v1::Requirements* needs) { set(needs, most + 1); }),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(Join("policy.by_kind.train.", name, " is ", most + 1))));
+  }
 }
 
 TEST(LifecycleTest, QuotasAndPoliciesAreChecked) {

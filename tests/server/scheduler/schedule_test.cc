@@ -254,6 +254,21 @@ TEST_F(ScheduleTest, GangsStartWholeAndAreNotStarved) {
   }
 }
 
+// Goal: what a job of an older version asks for may be any number; it does not wrap around.
+TEST(MatchTest, ImmenseNeedsFitNowhere) {
+  v1::WorkerInfo worker;
+  worker.set_memory_bytes(uint64_t{64} << 30);
+  worker.add_devices("cuda:0");
+  v1::Requirements needs;
+  needs.set_memory_bytes(~uint64_t{0} - (uint64_t{8} << 30));
+  EXPECT_FALSE(CanNow(&worker, {.memory_bytes = uint64_t{16} << 30}, needs));
+  needs.set_memory_bytes(uint64_t{48} << 30);
+  EXPECT_TRUE(CanNow(&worker, {.memory_bytes = uint64_t{16} << 30}, needs));
+  EXPECT_FALSE(CanNow(&worker, {.memory_bytes = uint64_t{17} << 30}, needs));
+  needs.set_devices(1);
+  EXPECT_FALSE(CanNow(&worker, {.devices = uint64_t{1} << 32}, needs));
+}
+
 // Goal: a gang of which one member waits for its next attempt waits as a whole; the last, smaller one of a job does not.
 TEST_F(ScheduleTest, GangWaitsForAMemberThatFailed) {
   v1::JobPolicy policy;

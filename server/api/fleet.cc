@@ -15,6 +15,7 @@ bool Fleet::Seen(const v1::SynchronizeRequest& request, Milliseconds now) {
   Worker& worker = workers_[request.worker().id()];
   const bool brief = request.worker().brief();
   if (!brief || worker.incarnation != request.incarnation()) {
+    if (worker.incarnation != request.incarnation()) worker.slots = 0;
     worker.info = request.worker();
     worker.incarnation = brief ? "" : request.incarnation();
   } else {
@@ -22,6 +23,7 @@ bool Fleet::Seen(const v1::SynchronizeRequest& request, Milliseconds now) {
     worker.info.set_free_disk_bytes(request.worker().free_disk_bytes());
   }
   worker.last_seen = now;
+  worker.slots = std::max(worker.slots, request.free_slots() + static_cast<uint32_t>(request.running_size()));
   worker.running.clear();
   for (const v1::RunningAttempt& running : request.running()) {
     worker.running.push_back(Join(running.lease().job(), "/", running.lease().path()));
@@ -59,7 +61,8 @@ std::vector<scheduler::Worker> Fleet::Workers(Milliseconds now) const {
     workers.push_back({.id = id,
                        .free_slots = poll == polls_.end() ? 0 : poll->second.free_slots,
                        .info = worker.incarnation.empty() ? nullptr : &worker.info,
-                       .draining = worker.info.state() == "draining" || drained_.contains(id)});
+                       .draining = worker.info.state() == "draining" || drained_.contains(id),
+                       .slots = worker.slots});
   }
   return workers;
 }

@@ -69,6 +69,7 @@ class Fleet {
     v1::WorkerInfo info;
     std::string incarnation;  // that said it; empty: none did
     std::vector<std::string> running;
+    uint32_t slots = 0;       // the most that were free or taken in a message of this incarnation
     Milliseconds last_seen{0};
   };
   bool IsLost(const std::string& id, const Worker& worker, Milliseconds now) const;

@@ -59,8 +59,23 @@ Wait ExplainQuota(const jobs::State& state, const JobState& job, const v1::Requi
   return {};
 }
 
-Wait ExplainWorkers(const jobs::State& state, const JobState& job, const TaskState& task, const v1::Requirements& needs,
-                    const std::vector<Worker>& workers) {
+// Whether the gang is larger than all workers together; else no reason.
+Wait ExplainGang(const jobs::State& state, const JobState& job, size_t i, const std::vector<Worker>& workers, size_t fit) {
+  const v1::TaskKind kind = job.plan.tasks[i].kind;
+  const v1::Requirements& needs = job.RequirementsOf(kind);
+  if (needs.gang() <= 1) return {};
+  const auto ready = job.ready.find(kind);
+  const size_t wanted = std::min<size_t>(needs.gang(), ready == job.ready.end() ? 1 : ready->second.size());
+  const uint64_t room = RoomFor(state, workers, needs);
+  if (room >= wanted) return {};
+  return {v1::WAIT_GANG, Join("its gang of ", wanted, " is larger than the fleet: the ", fit,
+                              fit == 1 ? " worker that could take it has" : " workers that could take it have", " room for ", room,
+                              " of them at once; start more workers, or set a smaller requirements.gang in its policy")};
+}
+
+Wait ExplainWorkers(const jobs::State& state, const JobState& job, size_t i, const std::vector<Worker>& workers) {
+  const TaskState& task = job.tasks[i];
+  const v1::Requirements& needs = job.RequirementsOf(job.plan.tasks[i].kind);
   size_t fit = 0, free = 0, avoided = 0, slots = 0;
   std::vector<const v1::WorkerInfo*> infos;
   for (const Worker& worker : workers) {
@@ -79,6 +94,7 @@ Wait ExplainWorkers(const jobs::State& state, const JobState& job, const TaskSta
                                     infos.size() == 1 ? "the one worker has not" : Join("none of the ", infos.size(), " workers has"),
                                     ": ", WhyNone(infos, needs))};
   }
+  if (Wait gang = ExplainGang(state, job, i, workers, fit); gang.reason != v1::WAIT_REASON_UNSPECIFIED) return gang;
   if (free == 0) {
     return {v1::WAIT_NO_FREE_WORKER, Join(fit == 1 ? "the one worker" : Join("all ", fit, " workers"), " that could take it ",
                                           fit == 1 ? "is" : "are", " busy; ", state.leases.size(), " tasks run")};
@@ -109,7 +125,7 @@ Wait Explain(const jobs::Core& core, const JobState& job, size_t i, const std::v
   if (state.running.contains(task.digest)) return {v1::WAIT_IDENTICAL, "an identical task runs; its result will do for both"};
   const v1::Requirements& needs = job.RequirementsOf(job.plan.tasks[i].kind);
   if (Wait quota = ExplainQuota(state, job, needs); quota.reason != v1::WAIT_REASON_UNSPECIFIED) return quota;
-  return ExplainWorkers(state, job, task, needs, workers);
+  return ExplainWorkers(state, job, i, workers);
 }
 
 }  // namespace refinery::scheduler

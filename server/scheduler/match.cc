@@ -63,6 +63,13 @@ bool CanNow(const v1::WorkerInfo* worker, const Used& used, const v1::Requiremen
 
 bool CanEver(const v1::WorkerInfo* worker, const v1::Requirements& needs) { return CanNow(worker, {}, needs); }
 
+uint64_t MostAtOnce(const v1::WorkerInfo* worker, const v1::Requirements& needs, uint64_t slots) {
+  if (!CanEver(worker, needs)) return 0;
+  if (needs.devices() > 0) slots = std::min(slots, FittingDevices(*worker, needs) / needs.devices());
+  if (needs.memory_bytes() > 0) slots = std::min(slots, worker->memory_bytes() / needs.memory_bytes());
+  return slots;
+}
+
 std::string WhyNone(const std::vector<const v1::WorkerInfo*>& workers, const v1::Requirements& needs) {
   size_t unknown = 0, devices = 0, memory = 0, disk = 0;
   uint64_t most_devices = 0, most_memory = 0, most_disk = 0;

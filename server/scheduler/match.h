@@ -22,6 +22,9 @@ bool CanEver(const v1::WorkerInfo* worker, const v1::Requirements& needs);
 // Whether it can now, besides what it runs.
 bool CanNow(const v1::WorkerInfo* worker, const Used& used, const v1::Requirements& needs);
 
+// How many tasks that need this it could run at once with everything of it free, when it takes at most `slots`.
+uint64_t MostAtOnce(const v1::WorkerInfo* worker, const v1::Requirements& needs, uint64_t slots);
+
 // Whether it has devices beside its processor. Those of `Requirements.devices` are meant, unless that names "cpu".
 bool HasAccelerators(const v1::WorkerInfo* worker);
 bool NeedsAccelerators(const v1::Requirements& needs);

@@ -83,7 +83,7 @@ struct Line {
 class Scheduler {
  public:
   Scheduler(const jobs::Core& core, const std::vector<Worker>& workers, const jobs::Now& now, const ScheduleOptions& options)
-      : core_(core), state_(core.state()), now_(now), options_(options) {
+      : core_(core), state_(core.state()), workers_(workers), now_(now), options_(options) {
     const bool one_tenant = std::all_of(state_.queues.begin(), state_.queues.end(),
                                         [](const auto& level) { return level.second.size() == 1; });
     if (!one_tenant || !state_.tenants.empty()) usage_ = UsageOf(state_);  // else nothing depends on it
@@ -208,7 +208,7 @@ class Scheduler {
     }
     if (taken.size() < members.size()) {
       for (const size_t place : taken) GiveBack(place, *group.needs);
-      if (size > 1) return HoldFor(group, job.tasks[members.front()]);
+      if (size > 1) return HoldFor(group, job.tasks[members.front()], count);
       if (job.tasks[members.front()].avoid.empty()) failed_.insert(group.shape);  // nobody with these needs fits any more
       return false;
     }
@@ -225,10 +225,12 @@ class Scheduler {
     return true;
   }
 
-  // A gang that has waited long enough keeps the workers it needs free of others. Always false: nothing was granted.
-  bool HoldFor(Group& group, const TaskState& first) {
+  // A gang that has waited long enough keeps the workers it needs free of others, if that can ever be enough for it. Always false:
+  // nothing was granted.
+  bool HoldFor(Group& group, const TaskState& first, uint32_t members) {
     group.next = group.end;
     if (now_.steady - first.ready_since < options_.gang_patience) return false;
+    if (RoomFor(state_, workers_, *group.needs) < members) return false;
     for (size_t i = 0; i < places_.size(); ++i) {
       if (places_[i].free == 0 || !CanEver(places_[i].worker->info, *group.needs)) continue;
       SetFree(i, 0);
@@ -341,6 +343,7 @@ class Scheduler {
 
   const jobs::Core& core_;
   const jobs::State& state_;
+  const std::vector<Worker>& workers_;
   const jobs::Now now_;
   const ScheduleOptions& options_;
   std::map<std::string, Usage> usage_;
@@ -434,6 +437,18 @@ std::map<std::string, Usage> UsageOf(const jobs::State& state) {
     used.devices += job->RequirementsOf(job->plan.tasks[i].kind).devices();
   }
   return usage;
+}
+
+uint64_t RoomFor(const jobs::State& state, const std::vector<Worker>& workers, const v1::Requirements& needs) {
+  uint64_t room = 0;
+  for (const Worker& worker : workers) {
+    if (worker.draining) continue;
+    // Between an attempt's end and the next poll a slot is neither free nor leased, so what the worker said counts too.
+    const auto leases = state.worker_leases.find(std::string(worker.id));
+    const uint64_t known = worker.free_slots + (leases == state.worker_leases.end() ? 0 : leases->second.size());
+    room += MostAtOnce(worker.info, needs, std::max<uint64_t>(worker.slots, known));
+  }
+  return room;
 }
 
 Pass Schedule(const jobs::Core& core, const std::vector<Worker>& workers, const jobs::Now& now, const ScheduleOptions& options) {

@@ -9,8 +9,8 @@
 //                tasks of its job, then the one with the most free slots, then the lowest id. A worker that the task avoids gets
 //                it only when no other that could ever take it lives.
 //   gangs        all members or none, so many as their kind asks for; the last ones of a job may be fewer, but none starts while
-//                others of the kind wait for their next attempt. Smaller tasks fill in until a gang has waited `gang_patience`, then the workers that fit it
-//                take nothing else.
+//                others of the kind wait for their next attempt. Smaller tasks fill in until a gang has waited `gang_patience`, then the workers
+//                that fit it take nothing else, unless all of them together have too few slots for it.
 //   preemption   for a task that no free worker can take: leases of strictly lower priority, on workers that fit, the lowest
 //                priority and the last that became ready first; taken back at their next checkpoint. Strictly lower, so no two jobs can
 //                push each other out in turn.
@@ -34,6 +34,7 @@ struct Worker {
   uint32_t free_slots = 0;                // 0: busy, or it does not wait for work right now
   const v1::WorkerInfo* info = nullptr;   // null: nothing is known of it
   bool draining = false;
+  uint32_t slots = 0;                     // attempts that it takes at once, as it said last; 0: not known
 };
 
 struct Decision {
@@ -63,6 +64,9 @@ struct Wait {
 };
 Wait Explain(const jobs::Core& core, const jobs::JobState& job, size_t task, const std::vector<Worker>& workers,
              const jobs::Now& now);
+
+// How many tasks that need this the workers could run at once with nothing else to do.
+uint64_t RoomFor(const jobs::State& state, const std::vector<Worker>& workers, const v1::Requirements& needs);
 
 // What the tenants' live leases take, by tenant.
 struct Usage {

@@ -54,6 +54,20 @@ TEST(FleetTest, KeepsWhatAWorkerIs) {
   EXPECT_EQ(fleet.Workers(Milliseconds(3)).at(0).info, nullptr);
 }
 
+// Goal: how many attempts a worker takes stays known while some of them are neither free nor running, for this incarnation only.
+TEST(FleetTest, KeepsTheSlotsThatAWorkerHas) {
+  Fleet fleet(Milliseconds(1000));
+  v1::SynchronizeRequest request = Full("one");
+  request.set_free_slots(2);
+  request.add_running();
+  fleet.Seen(request, Milliseconds(0));
+  EXPECT_EQ(fleet.Workers(Milliseconds(0)).at(0).slots, 3u);
+  fleet.Seen(Brief("one", 7), Milliseconds(1));
+  EXPECT_EQ(fleet.Workers(Milliseconds(1)).at(0).slots, 3u);
+  fleet.Seen(Full("two"), Milliseconds(2));
+  EXPECT_EQ(fleet.Workers(Milliseconds(2)).at(0).slots, 0u);
+}
+
 // Goal: a gang is granted when all its members fit, at one time, each with its rank and one place to meet; when one fails the others are told
 // to stop.  Method: two workers with one slot each poll over real gRPC.
 TEST(GangTest, IsGrantedWholeAndTakenBackWhole) {

@@ -26,10 +26,19 @@ class Fleet {
     slots_.push_back(slots);
     return infos_.back();
   }
+  void SetFree(const std::string& id, uint32_t slots) {
+    for (size_t i = 0; i < infos_.size(); ++i) {
+      if (infos_[i].id() == id) slots_[i] = slots;
+    }
+  }
+  // It has said that it takes so many.
+  void SetSaid(const std::string& id, uint32_t slots) { said_[id] = slots; }
   std::vector<Worker> Workers() const {
     std::vector<Worker> workers;
     for (size_t i = 0; i < infos_.size(); ++i) {
-      workers.push_back({.id = infos_[i].id(), .free_slots = slots_[i], .info = &infos_[i]});
+      const auto said = said_.find(infos_[i].id());
+      workers.push_back({.id = infos_[i].id(), .free_slots = slots_[i], .info = &infos_[i],
+                         .slots = said == said_.end() ? 0 : said->second});
     }
     return workers;
   }
@@ -37,6 +46,7 @@ class Fleet {
  private:
   std::deque<v1::WorkerInfo> infos_;
   std::vector<uint32_t> slots_;
+  std::map<std::string, uint32_t> said_;
 };
 
 std::string Text(const std::vector<Decision>& decisions) {
@@ -244,14 +254,49 @@ TEST_F(ScheduleTest, GangsStartWholeAndAreNotStarved) {
   EXPECT_EQ(Text(Run().grants), "small/synthesize/0@x small/synthesize/1@x small/synthesize/2@y ");
   EXPECT_EQ(Why("gang", "synthesize/0").reason, v1::WAIT_GANG);
   driver_.Wait(601'000);
+  fleet_.Add("z", 0);
+  Lease("small", "synthesize/8", "z");
   EXPECT_EQ(Text(Run().grants), "");
-  fleet_.Add("z", 1);
+  EXPECT_EQ(Why("gang", "synthesize/0").text, "its gang of 4 does not fit into the 3 free slots");
+  fleet_.SetFree("z", 1);
   const Pass pass = Run();
   ASSERT_EQ(pass.grants.size(), 4);
   for (const Decision& decision : pass.grants) {
     EXPECT_EQ(decision.job, "gang");
     EXPECT_EQ(decision.gang, 1);
   }
+}
+
+// Goal: a gang that all workers together have too few slots or devices for keeps none of them from others, however long it waits, and says so
+// with numbers; a slot that is neither free nor leased, because its worker is between two polls, counts.
+TEST_F(ScheduleTest, AGangLargerThanTheFleetHoldsNothing) {
+  v1::JobPolicy policy;
+  (*policy.mutable_by_kind())["synthesize"].set_gang(4);
+  Create("gang", 9, policy);
+  Create("small", 9);
+  fleet_.Add("x", 2);
+  fleet_.Add("y", 1);
+  driver_.Wait(601'000);
+  EXPECT_EQ(Text(Run().grants), "small/synthesize/0@x small/synthesize/1@x small/synthesize/2@y ");
+  const Wait wait = Why("gang", "synthesize/0");
+  EXPECT_EQ(wait.reason, v1::WAIT_GANG);
+  EXPECT_EQ(wait.text, "its gang of 4 is larger than the fleet: the 2 workers that could take it have room for 3 of them at once; "
+                       "start more workers, or set a smaller requirements.gang in its policy");
+  fleet_.SetSaid("y", 2);
+  EXPECT_EQ(Text(Run().grants), "");
+}
+
+TEST_F(ScheduleTest, AGangWithMoreDevicesThanTheFleetHoldsNothing) {
+  v1::JobPolicy policy;
+  v1::Requirements& needs = (*policy.mutable_by_kind())["synthesize"];
+  needs.set_gang(2);
+  needs.set_devices(1);
+  Create("gang", 2, policy);
+  Create("small", 1);
+  fleet_.Add("x", 8).add_devices("cuda:0");
+  driver_.Wait(601'000);
+  EXPECT_EQ(Text(Run().grants), "small/synthesize/0@x ");
+  EXPECT_THAT(Why("gang", "synthesize/0").text, HasSubstr("room for 1 of them"));
 }
 
 // Goal: what a job of an older version asks for may be any number; it does not wrap around.

@@ -93,8 +93,10 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
   coordinator_->Post([this, reactor, request, response, left](Coordinator::Turn& turn) {
     const Status status = CheckSynchronize(*request);
     if (!status.ok()) return turn.replies.push_back([reactor, status](const Status&) { reactor->Finish(ToGrpc(status)); });
-    const bool kept = TakeProgress(*coordinator_, *request);
-    const bool known = coordinator_->fleet().Seen(*request, turn.now.steady);
+    // The poll of a later message must stay open, and nothing be granted into this one, whose caller has gone on.
+    const bool stale = turn.core.IsStale(*request);
+    const bool kept = !stale && TakeProgress(*coordinator_, *request);
+    const bool known = stale || coordinator_->fleet().Seen(*request, turn.now.steady);
     response->set_tell_worker(!known);
     jobs::Core::Report report = turn.core.Synchronize(*request, turn.now, &turn.events);
     response->mutable_cancel()->Swap(&report.cancel);
@@ -104,6 +106,10 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
     // Often enough that two lost calls in a row do not cost the lease.
     response->set_next_synchronize_ms(
         static_cast<uint32_t>(std::min(limits::kSynchronizeInterval, options.lease_ttl / 4).count()));
+    if (stale) {
+      turn.replies.push_back([reactor](const Status& committed) { reactor->Finish(ToGrpc(committed)); });
+      return;
+    }
     // A worker that has nothing and wants nothing only asks whether we are there.
     const bool is_idle = known && request->running().empty() && (request->free_slots() > 0 || request->worker().state() == "draining");
     // Its answer may bring a lease, whose life the worker counts from when it asked: a poll must end well before that.

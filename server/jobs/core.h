@@ -109,6 +109,9 @@ class Core {
     google::protobuf::RepeatedPtrField<v1::LeaseToken> cancel;  // attempts the worker must stop and forget
     bool repeat = false;                                        // its notes were not taken in: it must send them again
   };
+  // Whether a later message of the worker was here before this one, or a later life of it: what it says is out of date, it wants
+  // nothing any more, and nobody waits for its answer. Synchronize only tells an old life what to stop then.
+  bool IsStale(const v1::SynchronizeRequest& request) const;
   // What a worker says of itself: renews its leases, takes progress and notes in, adopts attempts that survived a restart.
   Report Synchronize(const v1::SynchronizeRequest& request, const Now& now, Events* events);
 
@@ -202,10 +205,8 @@ class Core {
   v1::Lease EmitLeased(JobState& job, size_t i, const Member& member, const v1::Gang& gang, const Now& now, Events* events);
   // Takes back what is left of the gang whose member `lost` is not leased any more.
   void ReleaseGang(const std::string& job, const v1::Gang& gang, const std::string& lost, const Now& now, Events* events);
-  // Whether the incarnation is one that a later one of the same worker has taken the place of.
-  bool IsOldLife(const std::string& worker, const std::string& incarnation);
-  // Whether a later message of the same life was here before it.
-  bool IsOvertaken(const v1::SynchronizeRequest& request);
+  // Takes note of the incarnation and of how far its messages have come.
+  void NoteLife(const v1::SynchronizeRequest& request);
   void TakeProgress(TaskState& task, const v1::TaskProgress& progress, const Now& now);
   void CheckMissing(const v1::SynchronizeRequest& request, const std::set<LeaseKey>& alive, const Now& now, Events* events);
   void ExtendLeases(std::chrono::milliseconds gap, const Now& now);

@@ -31,35 +31,38 @@ void Core::Hold(TaskState& task, const Now& now) {
   task.missing_since = milliseconds(-1);
 }
 
-bool Core::IsOldLife(const std::string& worker, const std::string& incarnation) {
-  if (lives_.size() > kMaxLives) lives_.clear();  // then late messages of earlier lives may cost a lease, nothing worse
-  Life& life = lives_[worker];
-  if (life.incarnation == incarnation) return false;
-  if (std::find(life.old.begin(), life.old.end(), incarnation) != life.old.end()) return true;
-  if (!life.incarnation.empty()) life.old.push_back(life.incarnation);
-  if (life.old.size() > kOldLives) life.old.erase(life.old.begin());
-  life.incarnation = incarnation;
-  life.revision = 0;
-  return false;
+bool Core::IsStale(const v1::SynchronizeRequest& request) const {
+  const auto found = lives_.find(request.worker().id());
+  if (found == lives_.end()) return false;
+  const Life& life = found->second;
+  if (life.incarnation != request.incarnation()) {
+    return std::find(life.old.begin(), life.old.end(), request.incarnation()) != life.old.end();
+  }
+  return request.revision() != 0 && request.revision() <= life.revision;  // 0: an agent that does not number them
 }
 
-bool Core::IsOvertaken(const v1::SynchronizeRequest& request) {
-  if (request.revision() == 0) return false;  // an agent that does not number them
-  uint64_t& newest = lives_[request.worker().id()].revision;
-  if (request.revision() <= newest) return true;
-  newest = request.revision();
-  return false;
+void Core::NoteLife(const v1::SynchronizeRequest& request) {
+  if (lives_.size() > kMaxLives) lives_.clear();  // then late messages of earlier lives may cost a lease, nothing worse
+  Life& life = lives_[request.worker().id()];
+  if (life.incarnation != request.incarnation()) {
+    if (!life.incarnation.empty()) life.old.push_back(life.incarnation);
+    if (life.old.size() > kOldLives) life.old.erase(life.old.begin());
+    life.incarnation = request.incarnation();
+    life.revision = 0;
+  }
+  life.revision = std::max(life.revision, request.revision());
 }
 
 Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now& now, Events* events) {
   Report report;
   const std::string& worker = request.worker().id();
-  if (IsOldLife(worker, request.incarnation())) {  // a message that was long on its way
+  if (IsStale(request)) {  // a message that was long on its way
+    // What this life says of its leases is out of date: one may have been granted since, whose answer is on its way, or have been begun.
+    if (lives_.at(worker).incarnation == request.incarnation()) return report;
     for (const v1::RunningAttempt& running : request.running()) *report.cancel.Add() = running.lease();
     return report;
   }
-  // What it says of its leases is out of date: one may have been granted since, whose answer is on its way, or have been begun.
-  if (IsOvertaken(request)) return report;
+  NoteLife(request);
   std::set<LeaseKey> alive;
   for (const v1::RunningAttempt& running : request.running()) {
     const TaskState* found = AttemptOf(running.lease());

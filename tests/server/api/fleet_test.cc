@@ -68,6 +68,50 @@ TEST(FleetTest, KeepsTheSlotsThatAWorkerHas) {
   EXPECT_EQ(fleet.Workers(Milliseconds(2)).at(0).slots, 0u);
 }
 
+// Goal: a message that was overtaken by a later one, or by a later life of its worker, is answered at once, gets no lease, and leaves the
+// poll of the later one open.
+TEST(StaleTest, AnOvertakenPollTakesNothing) {
+  refinery::testing::TestServer server;
+  ASSERT_THAT(server.Start(), IsOk());
+  const std::shared_ptr<grpc::Channel> channel = MakeChannel(server.address());
+  refinery::testing::FakeWorker first(channel, "w", "i1"), second(channel, "w", "i2");
+  const auto say = [](refinery::testing::FakeWorker& worker, uint64_t revision, uint32_t slots = 1,
+                      const std::vector<v1::LeaseToken>& running = {}) {
+    v1::SynchronizeRequest request = worker.Request(running, slots);
+    request.set_revision(revision);
+    return worker.Synchronize(request);
+  };
+  ASSERT_THAT(say(first, 2), IsOk());
+  std::chrono::steady_clock::duration open{};
+  std::thread newer([&] {
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_THAT(say(first, 3), IsOk());
+    open = std::chrono::steady_clock::now() - start;
+  });
+  for (int i = 0; i < 5; ++i) {
+    std::this_thread::sleep_for(Milliseconds(20));
+    EXPECT_THAT(say(first, 1), IsOk());
+  }
+  newer.join();
+  EXPECT_GE(open, Milliseconds(190));  // a long poll of 200 ms
+
+  ASSERT_THAT(refinery::testing::Caller(channel).Create(), IsOk());
+  const auto overtaken = say(first, 1);
+  ASSERT_THAT(overtaken, IsOk());
+  EXPECT_EQ(overtaken->grants_size(), 0);
+  EXPECT_TRUE(overtaken->repeat_report());
+  ASSERT_THAT(say(second, 1, 0), IsOk());
+  v1::LeaseToken token;
+  token.set_job("of another time");
+  const auto old_life = say(first, 9, 1, {token});
+  ASSERT_THAT(old_life, IsOk());
+  EXPECT_EQ(old_life->grants_size(), 0);
+  EXPECT_EQ(old_life->cancel_size(), 1);
+  const auto current = say(second, 2);
+  ASSERT_THAT(current, IsOk());
+  EXPECT_EQ(current->grants_size(), 1);
+}
+
 // Goal: a gang is granted when all its members fit, at one time, each with its rank and one place to meet; when one fails the others are told
 // to stop.  Method: two workers with one slot each poll over real gRPC.
 TEST(GangTest, IsGrantedWholeAndTakenBackWhole) {

@@ -354,6 +354,11 @@ grpc::ServerUnaryReactor* JobServiceImpl::ListWorkers(grpc::CallbackServerContex
                       if (job != jobs.end() && call.principal().MaySee(TenantOf(job->second))) visible.push_back(task);
                     }
                     worker.mutable_running()->Assign(visible.begin(), visible.end());
+                    if (!call.principal().tenant.empty()) {  // nor what others have, nor where the machines are reached
+                      worker.clear_cached();
+                      worker.clear_address();
+                      worker.clear_ports();
+                    }
                     *response->add_workers() = std::move(worker);
                   }
                   return absl::OkStatus();

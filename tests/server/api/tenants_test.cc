@@ -3,6 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <memory>
+#include <thread>
+
 #include "common/digest.h"
 #include "common/principals.h"
 #include "refinery/v1/artifact_service.grpc.pb.h"
@@ -172,6 +176,27 @@ TEST_F(TenantsTest, PossessionIsProvedByTheBytes) {
   EXPECT_THAT(ReadBlob("ann", digest), IsOk());
   EXPECT_THAT(CreateWith("bob", DigestOf(manifest)), IsOk());
   EXPECT_EQ(server_.coordinator().blobs().total_blobs(), blobs);  // there is one copy
+}
+
+// Goal: a caller of one tenant sees of a worker neither the artifacts of others in its cache nor where it is reached.
+TEST_F(TenantsTest, WorkersTellNothingOfOthers) {
+  FakeWorker worker(As("gpu").channel(), "w1");
+  v1::SynchronizeRequest request = worker.Request();
+  request.mutable_worker()->set_address("gpu-1.example");
+  request.mutable_worker()->add_ports(4711);
+  request.mutable_worker()->add_cached(DigestOf("of somebody"));
+  ASSERT_THAT(worker.Synchronize(request), IsOk());
+  for (const char* name : {"ann", "amy", "root"}) {
+    Caller caller = As(name);
+    const auto list = caller.Call(caller.jobs(), &v1::JobService::Stub::ListWorkers, v1::ListWorkersRequest());
+    ASSERT_THAT(list, IsOk());
+    ASSERT_EQ(list->workers_size(), 1);
+    const int shown = std::string_view(name) == "root" ? 1 : 0;
+    EXPECT_EQ(list->workers(0).cached_size(), shown) << name;
+    EXPECT_EQ(list->workers(0).ports_size(), shown) << name;
+    EXPECT_EQ(list->workers(0).address(), shown == 1 ? "gpu-1.example" : "") << name;
+    EXPECT_EQ(list->workers(0).host(), "test");
+  }
 }
 
 // Goal: uploads and products belong to the same tenants after a restart; products to the tenant whose job made them.

@@ -10,19 +10,18 @@
 #include "common/recipe.h"
 #include "server/api/answer.h"
 #include "server/api/diff.h"
+#include "server/api/job_files.h"
 #include "server/api/list.h"
 #include "server/api/requests.h"
 #include "server/api/visible.h"
 #include "server/api/watch.h"
 #include "server/jobs/policy.h"
 #include "server/scheduler/schedule.h"
-#include "server/store/artifacts.h"
 
 namespace refinery::api {
 namespace {
 
 constexpr size_t kMaxReasonBytes = 1000;
-constexpr size_t kMaxFiles = 10'000;
 
 // "<recipe name>-<eight hex digits>"
 std::string NewJobId(const v1::Recipe& recipe) {
@@ -47,37 +46,6 @@ StatusOr<v1::Recipe> CompleteRecipe(const v1::Recipe& given) {
   // Its sentences begin with the field.
   const std::string message = Message(status);
   return WithField(status, Join("recipe.", message.substr(0, message.find_first_of(" :"))));
-}
-
-// Whether all of an artifact is the tenant's: a manifest that he wrote himself must not open blobs of others to him, nor tell him
-// that they exist. The words are those of CheckComplete.
-Status CheckOwn(const Coordinator::Turn& turn, Coordinator& coordinator, const std::string& tenant, const std::string& digest) {
-  BlobAccess& access = coordinator.access();
-  access.Look(turn.core.state(), tenant);
-  if (access.Refers(tenant, digest)) return absl::OkStatus();
-  if (!access.Knows(tenant, digest)) {
-    return FailedPrecondition("artifact ", digest, " was not uploaded; upload its manifest and files first");
-  }
-  RF_ASSIGN_OR_RETURN(const std::vector<FileEntry> files, store::FilesOf(coordinator.blobs(), digest));
-  for (const FileEntry& file : files) {
-    if (access.Knows(tenant, file.digest)) continue;
-    return FailedPrecondition("file ", file.path, " (", file.digest, ") of artifact ", digest, " is missing; upload it first");
-  }
-  return absl::OkStatus();
-}
-
-Status CheckFiles(const Coordinator::Turn& turn, Coordinator& coordinator, const std::string& tenant,
-                  const google::protobuf::Map<std::string, std::string>& files) {
-  if (files.size() > kMaxFiles) return WithField(InvalidArgument("files has more than ", kMaxFiles, " entries"), "files");
-  for (const auto& [role, digest] : files) {
-    if (!IsDigest(digest)) {
-      return WithField(InvalidArgument("files['", role.substr(0, 80), "'] is not a digest: '", digest.substr(0, 80), "'"), "files");
-    }
-    Status status = tenant.empty() ? absl::OkStatus() : CheckOwn(turn, coordinator, tenant, digest);
-    if (status.ok()) status = store::CheckComplete(coordinator.blobs(), digest).status();
-    if (!status.ok()) return WithResource(Annotate(status, Join("file '", role.substr(0, 80), "'")), "blob", digest);
-  }
-  return absl::OkStatus();
 }
 
 void FillPlan(const plan::Plan& plan, v1::Plan* response) {
@@ -144,7 +112,7 @@ Status JobServiceImpl::Create(Coordinator::Turn& turn, security::Call& call, con
   jobs::Core::NewJob job;
   v1::JobCreated& created = job.created;
   RF_ASSIGN_OR_RETURN(*created.mutable_recipe(), CompleteRecipe(request.recipe()));
-  RF_RETURN_IF_ERROR(CheckFiles(turn, *coordinator_, call.principal().tenant, request.files()));
+  RF_RETURN_IF_ERROR(CheckFiles(turn.core.state(), *coordinator_, call.principal().tenant, request.files()));
   if (request.has_policy()) *created.mutable_policy() = request.policy();
   RF_RETURN_IF_ERROR(SettleTenant(call.principal(), created.mutable_policy()));
   RF_RETURN_IF_ERROR(jobs::CheckPolicy(created.policy()));

@@ -199,6 +199,31 @@ TEST_F(TenantsTest, WorkersTellNothingOfOthers) {
   }
 }
 
+// Goal: what a job names is read on the loop once, and not much of it: large manifests are refused in words before they are read.
+TEST_F(TenantsTest, ManifestsOfAJobAreBounded) {
+  store::BlobStore& blobs = server_.coordinator().blobs();
+  const std::string file = *blobs.Put("x");
+  const auto manifest = [&](const std::string& prefix, int count) {
+    std::vector<FileEntry> files;
+    for (int i = 0; i < count; ++i) files.push_back({.path = Join(prefix, 1'000'000 + i), .digest = file, .size = 1});
+    return *blobs.Put(ManifestText(std::move(files)));
+  };
+  EXPECT_THAT(Message(CreateWith("root", manifest("f", 51'000), true)), HasSubstr("bytes; at most 4194304 fit"));
+  const std::string large = manifest("a", 40'000);
+  std::vector<std::string> roles = refinery::testing::TinyFileRoles();
+  for (int i = 0; i < 1'000; ++i) roles.push_back(Join("role", i));
+  EXPECT_THAT(CreateWith("root", large, true, roles), IsOk());
+
+  v1::CreateJobRequest request;
+  *request.mutable_recipe() = refinery::testing::TinyRecipe();
+  request.set_validate_only(true);
+  (*request.mutable_files())["a"] = large;
+  for (const char* other : {"b", "c"}) (*request.mutable_files())[other] = manifest(other, 40'000);
+  Caller root = As("root");
+  EXPECT_THAT(Message(root.Call(root.jobs(), &v1::JobService::Stub::CreateJob, request).status()),
+              HasSubstr("more than 8388608 bytes together"));
+}
+
 // Goal: uploads and products belong to the same tenants after a restart; products to the tenant whose job made them.
 TEST_F(TenantsTest, ProductsBelongToTheJobsTenantAndAllLasts) {
   const auto upload = Upload("bob", "bob's rows\n");

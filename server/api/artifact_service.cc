@@ -66,13 +66,18 @@ ArtifactServiceImpl::ArtifactServiceImpl(Coordinator* coordinator, security::Gat
     : coordinator_(coordinator), blobs_(&coordinator->blobs()), gate_(gate), stall_limit_(stall_limit),
       watchdog_([this] { Watch(); }) {}
 
-StatusOr<bool> ArtifactServiceImpl::MaySee(const security::Principal& principal, const std::string& digest) {
-  const std::string& tenant = principal.tenant;
+Status ArtifactServiceImpl::LookUp(const std::string& tenant) {
   BlobAccess& access = coordinator_->access();
-  if (tenant.empty() || access.Knows(tenant, digest)) return true;
   RF_RETURN_IF_ERROR(OnLoop(coordinator_, [&access, tenant](Coordinator::Turn& turn) { access.Look(turn.core.state(), tenant); }));
   access.Expand(*blobs_, tenant);
-  return access.Knows(tenant, digest);
+  return absl::OkStatus();
+}
+
+StatusOr<bool> ArtifactServiceImpl::MaySee(const security::Principal& principal, const std::string& digest) {
+  const std::string& tenant = principal.tenant;
+  if (tenant.empty() || coordinator_->access().Knows(tenant, digest)) return true;
+  RF_RETURN_IF_ERROR(LookUp(tenant));
+  return coordinator_->access().Knows(tenant, digest);
 }
 
 Status ArtifactServiceImpl::Own(const security::Principal& principal, const std::string& digest) {
@@ -108,12 +113,18 @@ grpc::Status ArtifactServiceImpl::FindMissingBlobs(grpc::ServerContext* context,
     return ToGrpc(InvalidArgument("digests has ", request->digests_size(), " entries; at most ", kMaxDigestsPerCall,
                                   " fit into one call"));
   }
+  const std::string& tenant = (*call)->principal().tenant;
+  bool looked_up = false;  // once is enough for all of them
   for (const std::string& digest : request->digests()) {
     const Status status = blobs_->SizeOf(digest).status();
     if (absl::IsInvalidArgument(status)) return ToGrpc(status);
-    const StatusOr<bool> visible = status.ok() ? MaySee((*call)->principal(), digest) : false;
-    if (!visible.ok()) return ToGrpc(visible.status());
-    if (!*visible) response->add_missing(digest);
+    const auto is_visible = [&] { return tenant.empty() || coordinator_->access().Knows(tenant, digest); };
+    if (status.ok() && !is_visible() && !looked_up) {
+      const Status looked = LookUp(tenant);
+      if (!looked.ok()) return ToGrpc(looked);
+      looked_up = true;
+    }
+    if (!status.ok() || !is_visible()) response->add_missing(digest);
   }
   return grpc::Status::OK;
 }

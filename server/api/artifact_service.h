@@ -48,6 +48,8 @@ class ArtifactServiceImpl final : public v1::ArtifactService::Service {
   void Watch();
   // Whether a caller may know of the blob, wherever it is. UNAVAILABLE when the loop does not answer.
   StatusOr<bool> MaySee(const security::Principal& principal, const std::string& digest);
+  // Looks up what the tenant's jobs refer to by now: one turn of the loop.
+  Status LookUp(const std::string& tenant);
   // The blob is the caller's from now on, durably.
   Status Own(const security::Principal& principal, const std::string& digest);
 

@@ -199,6 +199,34 @@ TEST_F(TenantsTest, WorkersTellNothingOfOthers) {
   }
 }
 
+// A command that runs in every turn of the loop, slows it down and counts.
+struct Ticker {
+  Coordinator* coordinator;
+  std::shared_ptr<std::atomic<int>> turns;
+  std::shared_ptr<std::atomic<bool>> stop;
+  void operator()(Coordinator::Turn&) const {
+    ++*turns;
+    std::this_thread::sleep_for(Milliseconds(20));
+    if (!*stop) coordinator->Post(*this);
+  }
+};
+
+// Goal: to ask for many blobs that others have takes the loop a turn or two, not one for each.
+TEST_F(TenantsTest, ManyBlobsOfOthersAreOneLookUp) {
+  constexpr int kBlobs = 300;
+  v1::FindMissingBlobsRequest request;
+  for (int i = 0; i < kBlobs; ++i) request.add_digests(*server_.coordinator().blobs().Put(Join("row ", i)));
+  const Ticker ticker{&server_.coordinator(), std::make_shared<std::atomic<int>>(0), std::make_shared<std::atomic<bool>>(false)};
+  server_.coordinator().Post(ticker);
+  grpc::ClientContext context;
+  v1::FindMissingBlobsResponse response;
+  EXPECT_TRUE(Blobs("bob")->FindMissingBlobs(&context, request, &response).ok());
+  const int turns = *ticker.turns;
+  *ticker.stop = true;
+  EXPECT_EQ(response.missing_size(), kBlobs);
+  EXPECT_LT(turns, kBlobs / 2);
+}
+
 // Goal: what a job names is read on the loop once, and not much of it: large manifests are refused in words before they are read.
 TEST_F(TenantsTest, ManifestsOfAJobAreBounded) {
   store::BlobStore& blobs = server_.coordinator().blobs();

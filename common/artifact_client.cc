@@ -52,6 +52,22 @@ bool IsRetryable(const Status& status) {
   }
 }
 
+// Marks an error as one that the coordinator, or the way to it, gave: a disk that is full here is no reason to wait.
+constexpr char kOfCall[] = "refinery/of_call";
+
+Status OfCall(const grpc::Status& answer) {
+  Status status = FromGrpc(answer);
+  if (!status.ok()) status.SetPayload(kOfCall, absl::Cord());
+  return status;
+}
+
+// Whether the coordinator may take the same call later although nothing changes here.
+bool MayComeBack(const Status& status) {
+  if (!status.GetPayload(kOfCall).has_value()) return false;
+  return status.code() == absl::StatusCode::kUnavailable || status.code() == absl::StatusCode::kDeadlineExceeded ||
+         status.code() == absl::StatusCode::kUnknown || status.code() == absl::StatusCode::kResourceExhausted;
+}
+
 Status WriteAll(int fd, std::string_view bytes, const std::filesystem::path& path) {
   while (!bytes.empty()) {
     ssize_t written = ::write(fd, bytes.data(), bytes.size());
@@ -95,21 +111,30 @@ Status ArtifactClient::Retry(const std::function<Status()>& attempt, const std::
   while (true) {
     RF_RETURN_IF_ERROR(CheckCancelled());
     Status status = attempt();
-    if (status.ok() || !IsRetryable(status)) return status;
+    if (status.ok()) return status;
+    const bool patient = options_.patient && MayComeBack(status) && options_.patient(status);
+    status.ErasePayload(kOfCall);
+    if (!patient && !IsRetryable(status)) return status;
     uint64_t now = progress();
     if (now > last_progress) {
       failures = 0;
       backoff = options_.initial_backoff;
     }
     last_progress = now;
-    if (++failures >= options_.max_attempts)
+    if (!patient && ++failures >= options_.max_attempts)
       return Unavailable("gave up after ", failures, " tries: ", Message(status));
-    for (auto waited = std::chrono::milliseconds(0); waited < backoff; waited += std::chrono::milliseconds(50)) {
-      RF_RETURN_IF_ERROR(CheckCancelled());
-      std::this_thread::sleep_for(std::min(std::chrono::milliseconds(50), backoff - waited));
-    }
+    RF_RETURN_IF_ERROR(Wait(backoff));
     backoff = std::min(backoff * 2, options_.max_backoff);
   }
+}
+
+Status ArtifactClient::Wait(std::chrono::milliseconds wait) const {
+  constexpr std::chrono::milliseconds kPoll{50};
+  for (auto waited = std::chrono::milliseconds(0); waited < wait; waited += kPoll) {
+    RF_RETURN_IF_ERROR(CheckCancelled());
+    std::this_thread::sleep_for(std::min(kPoll, wait - waited));
+  }
+  return absl::OkStatus();
 }
 
 StatusOr<v1::ArtifactRef> ArtifactClient::UploadFolder(const std::filesystem::path& folder, const std::string& name) {
@@ -170,7 +195,7 @@ StatusOr<std::vector<std::string>> ArtifactClient::FindMissing(const std::vector
         [&] {
           grpc::ClientContext context;
           SetDeadline(&context, limits::kRpcDeadline);
-          return FromGrpc(stub_->FindMissingBlobs(&context, request, &response));
+          return OfCall(stub_->FindMissingBlobs(&context, request, &response));
         },
         [] { return uint64_t{0}; }));
     missing.insert(missing.end(), response.missing().begin(), response.missing().end());
@@ -197,7 +222,7 @@ StatusOr<uint64_t> ArtifactClient::CommittedSize(const Blob& blob) {
   v1::QueryWriteStatusRequest request;
   request.set_digest(blob.entry.digest);
   v1::QueryWriteStatusResponse response;
-  Status status = FromGrpc(stub_->QueryWriteStatus(&context, request, &response));
+  Status status = OfCall(stub_->QueryWriteStatus(&context, request, &response));
   if (status.code() == absl::StatusCode::kNotFound) return uint64_t{0};
   RF_RETURN_IF_ERROR(status);
   if (response.complete()) return blob.entry.size + 1;
@@ -246,7 +271,7 @@ Status ArtifactClient::WriteFrom(const Blob& blob, uint64_t offset) {
     if (options_.on_bytes) options_.on_bytes(size, 0);
   } while (offset < blob.entry.size);
   stream->WritesDone();
-  Status status = FromGrpc(stream->Finish());
+  Status status = OfCall(stream->Finish());
   if (status.code() == absl::StatusCode::kInvalidArgument)
     return DataLoss("the store refused ", blob.file.string(), ": ", Message(status),
                     " (was the file changed while it was uploaded?)");
@@ -273,7 +298,7 @@ Status ArtifactClient::ReadFrom(const std::string& digest, uint64_t offset,
   }
   if (!stopped.ok()) context.TryCancel();
   grpc::Status status = stream->Finish();
-  return stopped.ok() ? FromGrpc(status) : stopped;
+  return stopped.ok() ? OfCall(status) : stopped;
 }
 
 StatusOr<std::string> ArtifactClient::ReadBlobText(const std::string& digest, uint64_t max_bytes) {

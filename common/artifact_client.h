@@ -7,7 +7,8 @@
 // An artifact is the blobs of its files plus the blob of its manifest (common/digest.h); the manifest's digest is its name.
 //
 // Errors: UNAVAILABLE when the coordinator stays away for `max_attempts` tries without one new byte, DATA_LOSS for bytes that
-// do not have their digest, NOT_FOUND, RESOURCE_EXHAUSTED on a full disk, CANCELLED when `cancelled` says so.
+// do not have their digest, NOT_FOUND, RESOURCE_EXHAUSTED on a full disk (here or there) or when the coordinator moves too many
+// blobs already, CANCELLED when `cancelled` says so. `patient` waits instead for a coordinator that is away, full or busy.
 // Threads: one call at a time per object; objects are cheap (they share the channel).
 
 #pragma once
@@ -35,6 +36,8 @@ class ArtifactClient {
     int max_attempts = 8;                              // tries in a row that bring nothing new
     std::chrono::milliseconds initial_backoff{100};    // doubled at each of them
     std::chrono::milliseconds max_backoff{5'000};
+    // Asked when a try ended with this error of a coordinator that is away, full or busy: true = such tries do not count. May be empty.
+    std::function<bool(const Status&)> patient;
     std::function<bool()> cancelled;                   // asked between chunks and while waiting; may be empty
     std::function<void(uint64_t sent, uint64_t received)> on_bytes;  // called after each chunk; may be empty
   };
@@ -71,8 +74,9 @@ class ArtifactClient {
   // Streams the blob from `offset`; `sink` returns an error to stop.
   Status ReadFrom(const std::string& digest, uint64_t offset, const std::function<Status(const std::string&)>& sink);
   StatusOr<std::string> ReadBlobText(const std::string& digest, uint64_t max_bytes);
-  // Calls `attempt` until it ends well, fails for good, or `max_attempts` tries pass without `progress` growing.
+  // Calls `attempt` until it ends well, fails for good, or `max_attempts` tries that count pass without `progress` growing.
   Status Retry(const std::function<Status()>& attempt, const std::function<uint64_t()>& progress);
+  Status Wait(std::chrono::milliseconds wait) const;
   Status CheckCancelled() const;
 
   Options options_;

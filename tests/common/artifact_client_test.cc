@@ -4,7 +4,9 @@
 
 #include <stdlib.h>
 
+#include <atomic>
 #include <fstream>
+#include <thread>
 
 #include "common/channel.h"
 #include "common/files.h"
@@ -128,6 +130,49 @@ TEST_F(ArtifactClientTest, GivesUp) {
   options.cancelled = [] { return true; };
   ArtifactClient cancelled(channel_, options);
   EXPECT_THAT(cancelled.UploadFolder(folder_ / "up", "data"), StatusCodeIs(absl::StatusCode::kCancelled));
+}
+
+// Goal: a coordinator that is away, full or busy is waited for where that is wanted, and a full disk is told at once elsewhere.
+// Method: more refusals, and a longer absence, than the four tries of this client last for.
+TEST_F(ArtifactClientTest, WaitsForTheCoordinator) {
+  const grpc::Status full(grpc::StatusCode::RESOURCE_EXHAUSTED, "moves 64 blobs already");
+  Write("up/data", Bytes(100'000));
+  coordinator_.artifacts.Refuse(full, 1);
+  EXPECT_THAT(client_.UploadFolder(folder_ / "up", "data"), StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("64 blobs")));
+
+  std::atomic<int> asked = 0;
+  ArtifactClient::Options options = FastRetries();
+  options.patient = [&](const Status&) { return ++asked < 1'000; };
+  ArtifactClient patient(channel_, options);
+  coordinator_.artifacts.Refuse(full, 20);
+  auto uploaded = patient.UploadFolder(folder_ / "up", "data");
+  ASSERT_THAT(uploaded, IsOk());
+  EXPECT_EQ(asked, 20);
+  coordinator_.artifacts.Refuse(full, 20);
+  ASSERT_THAT(patient.DownloadFolder(uploaded->digest(), folder_ / "down"), IsOk());
+  EXPECT_EQ(asked, 40);
+
+  coordinator_.Stop();
+  asked = 0;
+  std::thread returns([&] {
+    while (asked < 5) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    coordinator_.Start();
+  });
+  EXPECT_THAT(patient.DownloadFolder(uploaded->digest(), folder_ / "again"), IsOk());
+  asked = 1'000;
+  returns.join();
+
+  coordinator_.artifacts.Refuse(full, 20);
+  EXPECT_THAT(patient.DownloadFolder(uploaded->digest(), folder_ / "third"), StatusCodeIs(absl::StatusCode::kResourceExhausted));
+}
+
+// Goal: what is too large for its reader is no reason to wait, although the code is that of a full coordinator.
+TEST_F(ArtifactClientTest, DoesNotWaitForItself) {
+  const std::string digest = coordinator_.artifacts.PutFolder({{"rows", "0123456789"}});
+  ArtifactClient::Options options = FastRetries();
+  options.patient = [](const Status&) { return true; };
+  EXPECT_THAT(ArtifactClient(channel_, options).ReadArtifactFile(digest, "rows", 3),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("larger than 3 bytes")));
 }
 
 // Goal: one file under another name, and reading one file of an artifact.

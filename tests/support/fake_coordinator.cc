@@ -18,6 +18,24 @@ void FakeArtifacts::CutAfter(uint64_t bytes, int cuts) {
   cuts_ = cuts;
 }
 
+void FakeArtifacts::Refuse(const grpc::Status& status, int times) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  refusal_ = status;
+  refusals_ = times;
+}
+
+int FakeArtifacts::refusals_left() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return refusals_;
+}
+
+grpc::Status FakeArtifacts::TakeRefusal() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (refusals_ <= 0) return grpc::Status::OK;
+  --refusals_;
+  return refusal_;
+}
+
 void FakeArtifacts::CorruptReads(bool corrupt) {
   std::lock_guard<std::mutex> lock(mutex_);
   corrupt_ = corrupt;
@@ -86,6 +104,7 @@ grpc::Status FakeArtifacts::QueryWriteStatus(grpc::ServerContext*, const v1::Que
 
 grpc::Status FakeArtifacts::WriteBlob(grpc::ServerContext*, grpc::ServerReader<v1::WriteBlobRequest>* reader,
                                       v1::WriteBlobResponse* response) {
+  if (grpc::Status refused = TakeRefusal(); !refused.ok()) return refused;
   v1::WriteBlobRequest request;
   std::string digest;
   uint64_t moved = 0;
@@ -112,6 +131,7 @@ grpc::Status FakeArtifacts::WriteBlob(grpc::ServerContext*, grpc::ServerReader<v
 
 grpc::Status FakeArtifacts::ReadBlob(grpc::ServerContext*, const v1::ReadBlobRequest* request,
                                      grpc::ServerWriter<v1::ReadBlobResponse>* writer) {
+  if (grpc::Status refused = TakeRefusal(); !refused.ok()) return refused;
   std::string bytes;
   {
     std::lock_guard<std::mutex> lock(mutex_);

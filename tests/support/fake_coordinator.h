@@ -30,6 +30,10 @@ class FakeArtifacts final : public v1::ArtifactService::Service {
  public:
   // Every write or read ends UNAVAILABLE after this many bytes; 0 = never. Counted down by `cuts`.
   void CutAfter(uint64_t bytes, int cuts);
+  // The next `times` writes and reads end with this before anything has moved.
+  void Refuse(const grpc::Status& status, int times);
+  // How many of them are still to come.
+  int refusals_left();
   // Changes one byte of what is read from now on.
   void CorruptReads(bool corrupt);
   std::map<std::string, std::string> blobs();
@@ -51,12 +55,15 @@ class FakeArtifacts final : public v1::ArtifactService::Service {
 
  private:
   bool TakeCut(uint64_t moved);
+  grpc::Status TakeRefusal();
 
   std::mutex mutex_;
   std::map<std::string, std::string> blobs_;
   std::map<std::string, std::string> partial_;
   uint64_t cut_after_ = 0;
   int cuts_ = 0;
+  grpc::Status refusal_;
+  int refusals_ = 0;
   bool corrupt_ = false;
   uint64_t bytes_written_ = 0;
 };

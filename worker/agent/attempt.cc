@@ -125,11 +125,22 @@ void Attempt::Run() {
   context_.on_finished();
 }
 
-ArtifactClient Attempt::MakeArtifactClient() {
-  ArtifactClient::Options options;
-  options.cancelled = [this] { return Stopped(); };
+ArtifactClient Attempt::MakeArtifactClient(std::function<bool()> cancelled) {
+  ArtifactClient::Options options = context_.transfers;
+  options.cancelled = std::move(cancelled);
+  options.patient = [this](const Status& status) {
+    if (!Stopped() && !waited_.exchange(true)) Log(Join("waiting for the coordinator: ", Message(status)));
+    return !Stopped();
+  };
   options.on_bytes = [this](uint64_t sent, uint64_t received) { context_.metrics->AddBytes(sent, received); };
   return ArtifactClient(context_.channel, std::move(options));
+}
+
+std::function<bool()> Attempt::UntilGivenUp() const {
+  return [this, stopped_at = std::make_shared<Clock::time_point>(Clock::time_point::max())] {
+    if (drain_ && *stopped_at == Clock::time_point::max()) *stopped_at = Clock::now();
+    return Forgotten() || (drain_ && Clock::now() > *stopped_at + kReportWait);
+  };
 }
 
 std::optional<v1::CompleteTaskRequest> Attempt::Execute() {
@@ -185,7 +196,7 @@ StatusOr<Attempt::Work> Attempt::Prepare() {
   std::filesystem::remove_all(work.root, error);
   for (const auto& folder : {work.inputs, work.outputs, work.checkpoints}) RF_RETURN_IF_ERROR(CreateFolders(folder));
 
-  ArtifactClient client = MakeArtifactClient();
+  ArtifactClient client = MakeArtifactClient([this] { return Stopped(); });
   auto fetch = [&](const v1::ArtifactRef& artifact, const std::filesystem::path& link) -> Status {
     auto folder = context_.artifacts->Fetch(artifact.digest(), client, [this] { return Stopped(); });
     if (!folder.ok()) return Annotate(folder.status(), Join("input '", artifact.name(), "'"));
@@ -215,16 +226,14 @@ StatusOr<Attempt::Work> Attempt::Prepare() {
 StatusOr<ExitInfo> Attempt::RunTask(const Work& work) {
   std::atomic<bool> skip{false};
   auto commit = [&](const std::filesystem::path& folder, uint64_t step) -> Status {
-    ArtifactClient::Options options;
-    options.cancelled = [&] { return Forgotten() || skip; };
-    options.on_bytes = [this](uint64_t sent, uint64_t received) { context_.metrics->AddBytes(sent, received); };
-    RF_ASSIGN_OR_RETURN(v1::ArtifactRef artifact,
-                        ArtifactClient(context_.channel, options).UploadFolder(folder, "checkpoint"));
+    auto cancelled = [&] { return Forgotten() || skip; };
+    RF_ASSIGN_OR_RETURN(v1::ArtifactRef artifact, MakeArtifactClient(cancelled).UploadFolder(folder, "checkpoint"));
     v1::CommitCheckpointRequest request;
     *request.mutable_lease() = token();
     request.set_step(step);
     *request.mutable_checkpoint() = artifact;
-    Status status = CommitCheckpoint(context_.channel, request, options.cancelled);
+    Status status = CommitCheckpoint(context_.channel, request,
+                                     [&, given_up = UntilGivenUp()] { return skip || given_up(); });
     if (status.code() == absl::StatusCode::kAborted) Stop(End::kForget);   // another worker has the task
     return status;
   };
@@ -284,7 +293,7 @@ void Attempt::OnEvent(const v1::TaskEvent& event) {
 }
 
 StatusOr<v1::ArtifactRef> Attempt::UploadOutputs(const Work& work) {
-  ArtifactClient client = MakeArtifactClient();
+  ArtifactClient client = MakeArtifactClient([this] { return Stopped(); });
   RF_ASSIGN_OR_RETURN(v1::ArtifactRef output, client.UploadFolder(work.outputs, kind_));
   context_.artifacts->Adopt(output.digest(), work.outputs);   // the next task on this worker probably reads it
   return output;
@@ -320,11 +329,7 @@ void Attempt::Complete(v1::CompleteTaskRequest request) {
     request.set_log(std::move(part.text));
     request.set_log_offset(part.offset);
   }
-  Clock::time_point stopped_at = Clock::time_point::max();
-  Status status = CompleteTask(context_.channel, request, [&] {
-    if (drain_ && stopped_at == Clock::time_point::max()) stopped_at = Clock::now();
-    return Forgotten() || (drain_ && Clock::now() > stopped_at + kReportWait);
-  });
+  Status status = CompleteTask(context_.channel, request, UntilGivenUp());
   if (!status.ok()) {
     spdlog::warn("the coordinator did not take the end of {} (job {}, epoch {}): {}", token().path(), token().job(),
                  token().epoch(), Message(status));

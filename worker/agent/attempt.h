@@ -1,7 +1,8 @@
 // worker/agent/attempt.h
 //
 // The whole life of one attempt on its own thread: fetch the inputs, run refinery-task, upload and commit its checkpoints,
-// upload the outputs, report the end until the coordinator has taken it or refused it as stale.
+// upload the outputs, report the end until the coordinator has taken it or refused it as stale. A coordinator that is away, full
+// or busy is waited for: what the attempt has done is kept until it is taken, or the lease is over, or the worker stops.
 //
 // Threads: every public function may be called from any.
 
@@ -43,6 +44,7 @@ struct AttemptContext {
   std::filesystem::path task_program;
   uint32_t threads = 1;                     // for a task that names none
   std::chrono::milliseconds stop_grace{5'000};   // between SIGTERM and SIGKILL
+  ArtifactClient::Options transfers;        // their tries and waits; the rest is the attempt's
   std::function<void()> on_finished;        // called once, from the attempt's thread, at the very end
 };
 
@@ -79,7 +81,10 @@ class Attempt {
   v1::TaskError ErrorOf(const ExitInfo& info, uint64_t out_of_memory_kills) const;
   void Complete(v1::CompleteTaskRequest request);
   void SetPhase(const std::string& phase);
-  ArtifactClient MakeArtifactClient();
+  // Moves artifacts until `cancelled`, and waits for the coordinator until the attempt is stopped.
+  ArtifactClient MakeArtifactClient(std::function<bool()> cancelled);
+  // Whether a call is of no use any more: nobody wants this attempt, or the worker stops and has waited long enough for the answer.
+  std::function<bool()> UntilGivenUp() const;
   bool Forgotten() const;
   bool Stopped() const;
   void Log(const std::string& line);
@@ -93,6 +98,7 @@ class Attempt {
   std::atomic<bool> drain_{false};
   std::atomic<bool> task_ended_{false};    // the process has done its work; outputs or report are on their way
   std::atomic<bool> finished_{false};
+  std::atomic<bool> waited_{false};        // the log says already what for
 
   mutable std::mutex mutex_;               // guards what follows
   std::condition_variable reported_;

@@ -101,6 +101,7 @@ StatusOr<std::unique_ptr<Session>> Session::Open(SessionOptions options) {
                        .task_program = o.task_program,
                        .threads = o.threads,
                        .stop_grace = o.stop_grace,
+                       .transfers = o.transfers,
                        .on_finished = [s = session.get()] {
                          std::lock_guard<std::mutex> lock(s->mutex_);
                          s->attempt_ended_ = true;

@@ -41,6 +41,7 @@ struct SessionOptions {
   std::filesystem::path task_program;
   std::chrono::milliseconds drain_grace{10'000}; // after Stop(), before running attempts are ended
   std::chrono::milliseconds stop_grace{5'000};   // between SIGTERM and SIGKILL for a task
+  ArtifactClient::Options transfers;             // tries and waits when artifacts are moved
   WorkerMetrics* metrics = nullptr;
 };
 

@@ -63,6 +63,7 @@ class SessionTest : public ::testing::Test {
             .task_program = FAKE_TASK,
             .drain_grace = milliseconds(100),
             .stop_grace = milliseconds(500),
+            .transfers = {.max_attempts = 2, .initial_backoff = milliseconds(5), .max_backoff = milliseconds(20)},
             .metrics = metrics_.get()};
   }
 
@@ -279,6 +280,63 @@ TEST_F(SessionTest, CoordinatorAwayForAWhile) {
   ASSERT_TRUE(workers_.WaitFor(OneCompleted));
   EXPECT_TRUE(workers_.record().completed[0].has_success());
   ASSERT_TRUE(workers_.WaitFor([](const Record& record) { return record.last.running().empty(); }));
+}
+
+// Goal: the same while its inputs are fetched and while its outputs are uploaded, for longer than the two tries of a
+// transfer last (the channel's own included).
+TEST_F(SessionTest, TransfersOutliveACoordinatorThatIsAway) {
+  const grpc::Status away(grpc::StatusCode::DEADLINE_EXCEEDED, "no answer");
+  v1::Lease lease = MakeLease("sleep:0.2");
+  v1::ArtifactRef* input = lease.mutable_spec()->add_inputs();
+  input->set_name("seeds");
+  input->set_digest(coordinator_.artifacts.PutFolder({{"rows.jsonl", "{}\n"}}));
+  coordinator_.artifacts.Refuse(away, 10);
+  workers_.Grant(lease);
+  StartSession();
+  ASSERT_GT(SleepingPid(), 0);
+  EXPECT_EQ(coordinator_.artifacts.refusals_left(), 0);
+  coordinator_.Stop();
+  std::this_thread::sleep_for(milliseconds(4500));
+  coordinator_.Start();
+  ASSERT_TRUE(workers_.WaitFor(OneCompleted));
+  EXPECT_TRUE(workers_.record().completed[0].has_success()) << workers_.record().completed[0].DebugString();
+}
+
+// Goal: neither inputs nor outputs nor checkpoints are given up because the coordinator's disk is full or it moves too much already;
+// the log says what the attempt waits for.
+TEST_F(SessionTest, TransfersWaitForACoordinatorThatIsFull) {
+  const grpc::Status full(grpc::StatusCode::RESOURCE_EXHAUSTED, "the disk is 98 % full");
+  v1::Lease lease = MakeLease("sleep:0.5");
+  v1::ArtifactRef* input = lease.mutable_spec()->add_inputs();
+  input->set_name("seeds");
+  input->set_digest(coordinator_.artifacts.PutFolder({{"rows.jsonl", "{}\n"}}));
+  coordinator_.artifacts.Refuse(full, 10);
+  workers_.Grant(lease);
+  StartSession();
+  ASSERT_GT(SleepingPid(), 0);
+  EXPECT_EQ(coordinator_.artifacts.refusals_left(), 0);
+  coordinator_.artifacts.Refuse(full, 10);
+  ASSERT_TRUE(workers_.WaitFor(OneCompleted));
+  EXPECT_TRUE(workers_.record().completed[0].has_success()) << workers_.record().completed[0].DebugString();
+  EXPECT_EQ(coordinator_.artifacts.refusals_left(), 0);
+  EXPECT_THAT(workers_.record().log, HasSubstr("waiting for the coordinator: the disk is 98 % full\n"));
+
+  coordinator_.artifacts.Refuse(full, 10);
+  workers_.Grant(MakeLease("checkpoint:1", 2));
+  ASSERT_TRUE(workers_.WaitFor([](const Record& record) { return record.completed.size() == 2; }));
+  ASSERT_THAT(workers_.record().checkpoints, SizeIs(1));
+  EXPECT_EQ(workers_.record().checkpoints[0].step(), 1u);
+}
+
+// Goal: who stops the worker does not wait for a coordinator that takes nothing in.
+TEST_F(SessionTest, StopsAlthoughTheCoordinatorIsFull) {
+  coordinator_.artifacts.Refuse({grpc::StatusCode::RESOURCE_EXHAUSTED, "full"}, 1'000'000);
+  workers_.Grant(MakeLease("succeed"));
+  StartSession();
+  ASSERT_TRUE(workers_.WaitFor([](const Record& record) { return record.phases.contains("uploading outputs"); }));
+  StopSession();
+  ASSERT_THAT(workers_.record().completed, SizeIs(1));
+  EXPECT_EQ(workers_.record().completed[0].error().message(), "the worker was stopped");
 }
 
 // Goal: the worker stops a task itself when its lease may have run out.

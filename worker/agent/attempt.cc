@@ -86,6 +86,7 @@ Attempt::Attempt(const AttemptContext& context, v1::Lease lease)
     : context_(context),
       lease_(std::move(lease)),
       kind_(KindName(lease_.spec())),
+      meeting_port_(context.ports->Use(lease_.gang().rank() == 0 ? lease_.gang().port() : 0)),
       log_(kMaxPendingLog, limits::kMaxLogBytesPerAttempt),
       thread_([this] { Run(); }) {}
 
@@ -155,7 +156,10 @@ std::optional<v1::CompleteTaskRequest> Attempt::Execute() {
   };
   SetPhase("fetching inputs");
   StatusOr<Work> work = Prepare();
-  if (!work.ok()) return fail(work.status());
+  if (!work.ok()) {
+    context_.ports->TakeBack(meeting_port_);
+    return fail(work.status());
+  }
   struct RemoveAtEnd {
     std::filesystem::path folder;
     ~RemoveAtEnd() {
@@ -256,10 +260,9 @@ StatusOr<ExitInfo> Attempt::RunTask(const Work& work) {
       OnEvent(event);
     }
   };
-  const uint32_t meeting_port = lease_.gang().rank() == 0 ? lease_.gang().port() : 0;
-  context_.ports->LetGo(meeting_port);
+  context_.ports->LetGo(meeting_port_);
   StatusOr<ExitInfo> info = process_.Run(command, on_event, [this](std::string_view line) { log_.Append(line); });
-  context_.ports->TakeBack(meeting_port);
+  context_.ports->TakeBack(meeting_port_);
   bool success = info.ok() && info->code == 0 && info->signal == 0;
   skip = success;                       // the outputs make them superfluous; a failure resumes from the last
   checkpoints.Finish(/*flush=*/!success && !Forgotten());

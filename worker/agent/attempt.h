@@ -92,6 +92,7 @@ class Attempt {
   const AttemptContext& context_;
   v1::Lease lease_;
   const std::string kind_;
+  const uint32_t meeting_port_;            // that this attempt listens on for its gang; 0 = none
   LogBuffer log_;
   TaskProcess process_;
   std::atomic<bool> forget_{false};

@@ -43,8 +43,16 @@ PortReserve::~PortReserve() {
 std::vector<uint32_t> PortReserve::Ports() const {
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<uint32_t> ports;
-  for (const auto& [port, fd] : sockets_) ports.push_back(port);
+  for (const auto& [port, fd] : sockets_) {
+    if (!in_use_.contains(port)) ports.push_back(port);
+  }
   return ports;
+}
+
+uint32_t PortReserve::Use(uint32_t port) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (sockets_.contains(port)) in_use_.insert(port);
+  return port;
 }
 
 void PortReserve::LetGo(uint32_t port) {
@@ -56,6 +64,7 @@ void PortReserve::LetGo(uint32_t port) {
 
 void PortReserve::TakeBack(uint32_t port) {
   std::lock_guard<std::mutex> lock(mutex_);
+  in_use_.erase(port);
   const auto found = sockets_.find(port);
   if (found == sockets_.end() || found->second >= 0) return;
   sockets_.erase(found);

@@ -67,8 +67,10 @@ class SessionTest : public ::testing::Test {
             .metrics = metrics_.get()};
   }
 
-  void StartSession() {
-    auto session = Session::Open(Options());
+  void StartSession() { StartSession(Options()); }
+
+  void StartSession(const SessionOptions& options) {
+    auto session = Session::Open(options);
     ASSERT_THAT(session, IsOk());
     session_ = *std::move(session);
     thread_ = std::thread([this] { run_status_ = session_->Run(); });
@@ -191,6 +193,48 @@ TEST_F(SessionTest, GangMembersLearnWhereToMeet) {
   workers_.Grant(MakeLease("succeed", 2));  // and one that is alone does not
   ASSERT_TRUE(workers_.WaitFor([](const Record& now) { return now.completed.size() == 2; }));
   EXPECT_EQ(workers_.record().log.find("rank", workers_.record().log.find("rank") + 4), std::string::npos);
+}
+
+// Goal: a port is not offered to the next gang while the program of one that was given up still runs.  Method: a program that does
+// not heed SIGTERM, on a worker with room for another.
+TEST_F(SessionTest, MeetingPortsAreNotOfferedWhileAnOldProgramRuns) {
+  SessionOptions options = Options();
+  options.slots = 2;
+  StartSession(options);
+  ASSERT_TRUE(workers_.WaitFor([](const Record& now) { return now.last_full.worker().ports_size() == 2; }));
+  const uint32_t port = workers_.record().last_full.worker().ports(0), other = workers_.record().last_full.worker().ports(1);
+  v1::Lease lease = MakeLease("stubborn");
+  lease.mutable_gang()->set_id("x#1");
+  lease.mutable_gang()->set_world_size(2);
+  lease.mutable_gang()->set_address("host.example");
+  lease.mutable_gang()->set_port(port);
+  workers_.Grant(lease);
+  const pid_t pid = SleepingPid();
+  ASSERT_GT(pid, 0);
+  workers_.CancelLease(lease.token());
+  const int before = workers_.record().synchronized;
+  ASSERT_TRUE(workers_.WaitFor([&](const Record& now) { return now.synchronized > before + 3; }));
+  const Record record = workers_.record();
+  ASSERT_NE(ProcessStartTime(pid), 0u) << "it ended too early for this test";
+  EXPECT_EQ(record.last.free_slots(), 1u);
+  EXPECT_THAT(record.last_full.worker().ports(), ElementsAre(other));
+  EXPECT_TRUE(workers_.WaitFor([](const Record& now) { return now.last_full.worker().ports_size() == 2; }));
+  EXPECT_EQ(ProcessStartTime(pid), 0u);
+}
+
+// Goal: a port is in use from the lease on, before its program begins, and free again when that never does.
+TEST(PortReserveTest, InUseFromTheLeaseOn) {
+  PortReserve reserve(2);
+  const std::vector<uint32_t> ports = reserve.Ports();
+  ASSERT_THAT(ports, SizeIs(2));
+  reserve.Use(ports[0]);
+  EXPECT_THAT(reserve.Ports(), ElementsAre(ports[1]));
+  reserve.TakeBack(ports[0]);
+  EXPECT_EQ(reserve.Ports(), ports);
+  reserve.Use(1);  // not one of ours
+  reserve.LetGo(1);
+  reserve.TakeBack(1);
+  EXPECT_EQ(reserve.Ports(), ports);
 }
 
 // Goal: notes and logs that the coordinator could not keep are said again; nothing is lost and nothing counted as failed.

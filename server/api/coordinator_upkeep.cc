@@ -147,6 +147,7 @@ void Coordinator::LookAfter(const jobs::Now& now) {
                                            : disk == Disk::kFull ? "no new jobs and leases" : "read-only");
     }
     disk_ = disk;
+    core_->HoldStalls(disk != Disk::kOk, now);
     metrics_.OnDisk(space->used(), disk != Disk::kOk, disk == Disk::kReadOnly);
   }
   CheckLogIfDue();

@@ -74,6 +74,9 @@ class Core {
   // While `why` is an error nothing changes that is durable: commands that would make events are refused with it, and leases are
   // renewed but neither granted nor ended. Afterwards StartGrace goes on with what was left.
   void SetReadOnly(const Status& why) { read_only_ = why; }
+  // While held no attempt is given up for want of progress: it may have to wait for the coordinator's disk with results that are
+  // done, and nobody else could be granted its task. That time does not count against it afterwards.
+  void HoldStalls(bool held, const Now& now);
   // After the replay: every lease counts as just renewed, and whatever the log left half-done goes on.
   void StartGrace(const Now& now, Events* events);
 
@@ -226,6 +229,7 @@ class Core {
   std::unordered_map<std::string, Life> lives_;              // by worker
   std::chrono::milliseconds next_scan_{0};                   // no lease needs a look before
   std::chrono::milliseconds last_tick_{-1};
+  std::chrono::milliseconds stalls_held_since_{-1};          // negative: they are not
   std::chrono::milliseconds budgets_checked_{0};
   uint64_t progress_version_ = 0;
   uint64_t stale_commits_ = 0;

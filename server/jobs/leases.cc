@@ -182,9 +182,22 @@ void Core::Preempt(const std::string& job_id, const std::string& path, const std
 }
 
 milliseconds Core::StallDeadline(const TaskState& task) const {
-  if (options_.stall_timeout.count() == 0) return kNever;
+  if (options_.stall_timeout.count() == 0 || stalls_held_since_.count() >= 0) return kNever;
   if (task.slowest_step.count() == 0) return task.moved + kFirstStep * options_.stall_timeout;
   return task.moved + std::max(options_.stall_timeout, kSlowerThanSlowest * task.slowest_step);
+}
+
+void Core::HoldStalls(bool held, const Now& now) {
+  if (held == (stalls_held_since_.count() >= 0)) return;
+  if (!held) {
+    const milliseconds gap = now.steady - stalls_held_since_;
+    for (const auto& [id, i] : state_.leases) {
+      TaskState& task = Job(id).tasks[i];
+      task.moved = std::min(task.moved + gap, now.steady);
+    }
+  }
+  stalls_held_since_ = held ? now.steady : milliseconds(-1);
+  next_scan_ = now.steady;
 }
 
 void Core::ExtendLeases(milliseconds gap, const Now& now) {

@@ -225,6 +225,34 @@ TEST(LifecycleTest, StalledAttemptIsGivenUp) {
   EXPECT_THAT(driver.events.back().lease_expired().reason(), HasSubstr("no progress in 'reading'"));
 }
 
+// Goal: who waits with a finished result for the coordinator's disk is not given up, and has its time when there is room again; who
+// stands still then is.
+TEST(LifecycleTest, AttemptsDoNotStallWhileTheDiskIsFull) {
+  CoreDriver driver;
+  ASSERT_THAT(driver.Create("a"), IsOk());
+  const v1::Lease lease = driver.Grant();
+  v1::SynchronizeRequest request = CoreDriver::Running({lease});
+  request.mutable_running(0)->mutable_progress()->set_phase("uploading outputs");
+  const auto run = [&](int seconds) {
+    for (int i = 0; i < seconds; ++i) {
+      driver.core.Synchronize(request, driver.now, &driver.events);
+      driver.Wait(1'000);
+    }
+  };
+  run(3'000);
+  for (int i = 0; i < 3; ++i) {  // said once a second; saying it again changes nothing
+    driver.core.HoldStalls(true, driver.now);
+    run(3'000);
+  }
+  driver.core.HoldStalls(false, driver.now);
+  run(590);  // of the hour for a phase that has not moved yet
+  EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::LEASED);
+  EXPECT_EQ(driver.Task("a", "import/student").crashes, 0);
+  run(30);
+  EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::READY);
+  EXPECT_THAT(driver.events.back().lease_expired().reason(), HasSubstr("no progress in 'uploading outputs'"));
+}
+
 // Goal: a long message is cut between two characters, so that the log can be read again.
 TEST(LifecycleTest, LongMessagesStayReadable) {
   CoreDriver driver;

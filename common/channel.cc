@@ -7,6 +7,7 @@
 #include <grpcpp/support/channel_arguments.h>
 #include <grpcpp/support/client_interceptor.h>
 
+#include <charconv>
 #include <mutex>
 #include <vector>
 
@@ -131,7 +132,20 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
   return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), MakeArguments(address));
 }
 
+Status CheckAddress(std::string_view name, std::string_view address) {
+  if (address.starts_with("unix:") || address.find("://") != std::string_view::npos) return absl::OkStatus();
+  const size_t colon = address.rfind(':');
+  const std::string_view host = address.substr(0, colon == std::string_view::npos ? 0 : colon);
+  uint32_t port = 65536;
+  const char* end = address.data() + address.size();
+  const bool is_port = colon != std::string_view::npos && std::from_chars(address.data() + colon + 1, end, port).ptr == end && port <= 65535;
+  const bool is_host = !host.empty() && (host.find(':') == std::string_view::npos || (host.front() == '[' && host.back() == ']'));
+  if (is_port && is_host) return absl::OkStatus();
+  return InvalidArgument(name, " must be HOST:PORT with a port from 0 to 65535 ([::1]:PORT for IPv6), is '", address, "'");
+}
+
 StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& address, const ChannelSecurity& security) {
+  RF_RETURN_IF_ERROR(CheckAddress("the coordinator's address", address));
   RF_ASSIGN_OR_RETURN(const auto credentials, MakeChannelCredentials(security));
   std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> interceptors;
   if (!security.token_file.empty()) {

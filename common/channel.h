@@ -15,11 +15,16 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "common/status.h"
 #include "common/tls.h"
 
 namespace refinery {
+
+// INVALID_ARGUMENT unless `address` is one; `name` says what it is of: "listen", "coordinator". gRPC itself takes 443 for a missing port
+// and wraps numbers that are too large.
+Status CheckAddress(std::string_view name, std::string_view address);
 
 // How to prove who we are and whom we believe.
 struct ChannelSecurity {

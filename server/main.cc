@@ -38,13 +38,16 @@ class Signals {
     sigemptyset(&set_);
     sigaddset(&set_, SIGTERM);
     sigaddset(&set_, SIGINT);
+    sigaddset(&set_, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &set_, nullptr);
     std::signal(SIGPIPE, SIG_IGN);
   }
   int Wait() const {
-    int signal = 0;
-    sigwait(&set_, &signal);
-    return signal;
+    for (int signal = 0;;) {
+      sigwait(&set_, &signal);
+      if (signal != SIGHUP) return signal;
+      spdlog::info("SIGHUP: certificates and principals are read again by themselves; everything else takes a restart");
+    }
   }
 
  private:

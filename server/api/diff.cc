@@ -110,6 +110,9 @@ Diff CompareTasks(const jobs::JobState& before_job, const jobs::JobState& after_
   const auto known = [](const jobs::TaskState& task) {
     return task.state != v1::Task::BLOCKED && task.spec.params_case() != v1::TaskSpec::PARAMS_NOT_SET;
   };
+  const auto ended = [](const jobs::TaskState& task) {
+    return task.state == v1::Task::DONE || task.state == v1::Task::CACHED || task.state == v1::Task::DEAD;
+  };
   if (before == nullptr) {
     diff.set_change(Diff::ADDED);
   } else if (!known(*before) || !known(after)) {
@@ -121,6 +124,8 @@ Diff CompareTasks(const jobs::JobState& before_job, const jobs::JobState& after_
     if (!same_digest && diff.causes().empty()) AddCause(&diff, "code_version", was, is);
     if (!diff.causes().empty()) {
       diff.set_change(Diff::CHANGED);
+    } else if (!ended(*before) || !ended(after)) {
+      diff.set_change(Diff::NOT_REACHED);
     } else {
       diff.set_change(after.state == v1::Task::CACHED ? Diff::SAME : Diff::RAN_AGAIN);
     }

@@ -91,11 +91,16 @@ void ExplainWaits(Coordinator& coordinator, const jobs::JobState& job, const job
   constexpr int kMaxExplained = 200;
   if (jobs::IsTerminal(job.state)) return;
   const std::vector<scheduler::Worker> workers = coordinator.fleet().Workers(now.steady);
+  const Status disk = coordinator.CheckDisk(Coordinator::Disk::kOk);
+  const std::string held = !disk.ok()           ? Message(disk)
+                           : coordinator.held() ? "the coordinator drains; `refinery admin drain --off` lets it grant leases again"
+                                                : "";
   int explained = 0;
   for (int i = 0; i < shown->tasks_size() && explained < kMaxExplained; ++i) {
     v1::Task* task = shown->mutable_tasks(i);
     if (task->state() != v1::Task::READY && task->state() != v1::Task::BLOCKED) continue;
-    const scheduler::Wait wait = scheduler::Explain(coordinator.core(), job, static_cast<size_t>(i), workers, now);
+    scheduler::Wait wait = scheduler::Explain(coordinator.core(), job, static_cast<size_t>(i), workers, now);
+    if (task->state() == v1::Task::READY && !held.empty()) wait = {v1::WAIT_DRAINING, held};
     if (wait.reason == v1::WAIT_REASON_UNSPECIFIED) continue;
     task->set_reason_code(v1::WaitReason_Name(wait.reason));
     task->set_why(wait.text);

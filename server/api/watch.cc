@@ -59,6 +59,9 @@ bool WatchStream::NextProgress(const jobs::JobState& job, const jobs::Now& now) 
 }
 
 void TailStream::Next(const jobs::JobState& job, const jobs::Now&) {
+  if (!path_.empty() && job.Find(path_) == nullptr) {
+    return End(ToGrpc(NotFound("job ", job.id, " has no task ", path_, "; `refinery describe ", job.id, "` lists them")));
+  }
   store::AttemptLogs& logs = coordinator_->logs();
   for (const store::AttemptLogs::Size& size : logs.List(job.id)) {
     if (!path_.empty() && size.path != path_) continue;

@@ -148,6 +148,8 @@ Status CheckConfig(const v1::CoordinatorConfig& config) {
     return InvalidArgument("a disk must be full before it is read-only: disk_full_percent at most disk_read_only_percent, "
                            "disk_full_free_gib at least disk_read_only_free_gib");
   }
+  RF_RETURN_IF_ERROR(CheckAddress("listen", config.listen()));
+  if (config.metrics_address() != "none") RF_RETURN_IF_ERROR(CheckAddress("metrics_address", config.metrics_address()));
   RF_RETURN_IF_ERROR(InitLogging("refineryd", config.log_level(), config.log_format()));
   RF_RETURN_IF_ERROR(MakeServerCredentials(config.listen(), SecurityOf(config)).status());
   if (!config.principals().empty()) RF_RETURN_IF_ERROR(ReadPrincipals(config.principals()).status());

@@ -82,6 +82,15 @@ TEST_F(CommandLineTest, UnreachableCoordinator) {
   }
 }
 
+// Goal: an address without a port is said to be one, and not dialled at gRPC's own default port.
+TEST_F(CommandLineTest, AddressWithoutPort) {
+  for (const char* address : {"localhost", "localhost:99999", "localhost:abc", "::1:7433"}) {
+    const Output output = Refinery({"--coordinator", address, "list"});
+    EXPECT_EQ(output.code, 2) << address;
+    EXPECT_THAT(output.err, AllOf(HasSubstr("HOST:PORT"), HasSubstr(address)));
+  }
+}
+
 TEST_F(CommandLineTest, WrongUsage) {
   EXPECT_EQ(Refinery({}).code, 2);
   EXPECT_EQ(Refinery({"lisst"}).code, 2);

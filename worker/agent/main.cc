@@ -106,6 +106,7 @@ int main(int argc, char** argv) {
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
 
@@ -170,7 +171,9 @@ int main(int argc, char** argv) {
 
   std::thread([&session, signals] {
     int number = 0;
-    sigwait(&signals, &number);
+    do {
+      sigwait(&signals, &number);  // a terminal that closes ends nothing
+    } while (number == SIGHUP);
     spdlog::info("signal {}: draining; a second one ends at once", number);
     (*session)->Stop();
     sigwait(&signals, &number);

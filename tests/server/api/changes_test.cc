@@ -227,6 +227,24 @@ TEST_F(ChangesTest, QuotaOfATenantIsKept) {
   EXPECT_EQ(tenants->tenants(0).jobs(), 1u);
 }
 
+// Goal: what waits because the coordinator drains says so.
+TEST_F(ChangesTest, ADrainIsTheReason) {
+  const auto job = caller_.Create();
+  ASSERT_THAT(job, IsOk());
+  FakeWorker worker(caller_.channel(), "w1");
+  ASSERT_THAT(worker.Synchronize(worker.Request({}, 0)), IsOk());
+  v1::DrainCoordinatorRequest drain;
+  drain.set_drain(true);
+  ASSERT_THAT(caller_.Call(caller_.admin(), &v1::AdminService::Stub::DrainCoordinator, drain), IsOk());
+  v1::GetJobRequest get;
+  get.set_id(job->id());
+  const auto found = caller_.Call(caller_.jobs(), &Stub::GetJob, get);
+  ASSERT_THAT(found, IsOk());
+  bool told = false;
+  for (const v1::Task& task : found->tasks()) told |= task.reason_code() == "WAIT_DRAINING";
+  EXPECT_TRUE(told) << found->ShortDebugString();
+}
+
 TEST_F(ChangesTest, DrainedWorkerGetsNothing) {
   ASSERT_THAT(caller_.Create(), IsOk());
   FakeWorker worker(caller_.channel(), "w1");
@@ -281,6 +299,15 @@ TEST_F(ChangesTest, DiffNamesTheFieldThatChanged) {
   ASSERT_THAT(nothing, IsOk());
   for (const v1::JobDiff::TaskDiff& task : nothing->tasks()) {
     EXPECT_NE(task.change(), v1::JobDiff::TaskDiff::CHANGED) << task.DebugString();
+  }
+  const auto waiting = caller_.Create();  // nothing of it has run
+  ASSERT_THAT(waiting, IsOk());
+  request.set_before(waiting->id());
+  request.set_after(waiting->id());
+  const auto unknown = caller_.Call(caller_.jobs(), &Stub::DiffJobs, request);
+  ASSERT_THAT(unknown, IsOk());
+  for (const v1::JobDiff::TaskDiff& task : unknown->tasks()) {
+    EXPECT_EQ(task.change(), v1::JobDiff::TaskDiff::NOT_REACHED) << task.DebugString();
   }
 }
 

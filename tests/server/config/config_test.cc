@@ -52,6 +52,23 @@ TEST(ConfigTest, MarksOfAFullDisk) {
   EXPECT_THAT(CheckConfig(config), StatusCodeIs(absl::StatusCode::kInvalidArgument));
 }
 
+// Goal: an address is HOST:PORT, since gRPC itself takes 443 for a missing port and wraps large ones.
+TEST(ConfigTest, AddressesHavePorts) {
+  for (const char* bad : {"127.0.0.1", "127.0.0.1:99999", "127.0.0.1:abc", ":7433", "::1:7433", ""}) {
+    v1::CoordinatorConfig config = Good();
+    config.set_listen(bad);
+    EXPECT_THAT(CheckConfig(config), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("listen must be HOST:PORT"))) << bad;
+    config = Good();
+    config.set_metrics_address(bad);
+    EXPECT_THAT(CheckConfig(config), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("metrics_address must be"))) << bad;
+  }
+  for (const char* good : {"127.0.0.1:0", "[::1]:7433", "localhost:65535", "unix:/tmp/socket"}) {
+    v1::CoordinatorConfig config = Good();
+    config.set_listen(good);
+    EXPECT_THAT(CheckConfig(config), IsOk()) << good;
+  }
+}
+
 // Goal: flag, variable and file reach the same setting, in this order.
 TEST(ConfigTest, MarksComeFromFileVariableAndFlag) {
   const auto folder = TemporaryFolder::Make("config");

@@ -7,20 +7,14 @@ namespace refinery::jobs {
 
 StatusOr<std::vector<v1::Lease>> Core::GrantGang(const std::string& job_id, const std::vector<Member>& members,
                                                  const std::string& address, uint32_t port, const Now& now, Events* events) {
-  // What one grant finds in the cache may end another task of the gang, so first all are looked at, twice if something changed.
+  // A member whose result is in the cache takes it and is not ready any more, so nothing has changed when all of them are.
   std::vector<size_t> tasks;
-  for (const Member& member : members) {
-    RF_RETURN_IF_ERROR(Grantable(job_id, member.path, now, events).status());
-  }
   for (const Member& member : members) {
     RF_ASSIGN_OR_RETURN(const size_t i, Grantable(job_id, member.path, now, events));
     tasks.push_back(i);
   }
   if (tasks.empty()) return InvalidArgument("a gang has at least one member");
   JobState& job = Job(job_id);
-  for (size_t m = 0; m < members.size(); ++m) {  // a result may have come in since the first look
-    if (!job.IsReady(tasks[m])) return NotFound(members[m].path, " of job ", job_id, " is not ready");
-  }
   v1::Gang gang;
   gang.set_id(Join(members[0].path, "#", job.tasks[tasks[0]].epoch + 1));  // no task is first in two gangs with one epoch
   gang.set_world_size(static_cast<uint32_t>(members.size()));

@@ -202,6 +202,13 @@ void PairTreePass::Attend(size_t index, int member) {
     item.values = values_.data() + head * capacity * d_;
     for (int64_t i = begin; i < std::min(begin + kTurn, tiles); ++i) {
       const Tile& tile = view.tiles[static_cast<size_t>(i)];
+      if (i + 1 < tiles) {  // the next tile's queries, which lie far apart
+        const Tile& next = view.tiles[static_cast<size_t>(i + 1)];
+        for (int64_t t = next.token; t < next.token + next.tokens; ++t) {
+          const Bf16* queries_of = qkv_.data() + t * row + head * group * d_;
+          for (int64_t c = 0; c < group * d_; c += 32) __builtin_prefetch(queries_of + c);
+        }
+      }
       item.count = static_cast<int>(tile.count);
       item.blocks = view.blocks.data() + tile.blocks;
       item.block_count = static_cast<int64_t>(tile.block_count);

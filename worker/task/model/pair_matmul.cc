@@ -64,8 +64,14 @@ RF_BF16_TARGET void LayColumns(const Bf16* weight, int64_t inputs, int64_t outpu
   }
 }
 
+// x / (1 + e^-x); the quotient to within two units in the last place of a float, which takes a quarter of a division's time.
 RF_BF16_INLINE __m512 Silu(__m512 x) {
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), Exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  // The inverse of more than e^87 would underflow.
+  const __m512 below = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
+  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), Exp(below));
+  const __m512 estimate = _mm512_rcp14_ps(sum);
+  const __m512 inverse = _mm512_fmadd_ps(estimate, _mm512_fnmadd_ps(sum, estimate, _mm512_set1_ps(1.0f)), estimate);
+  return _mm512_mul_ps(x, inverse);
 }
 
 // Outputs [begin, begin + count) of rows [row, row + R).
@@ -73,16 +79,27 @@ template <int R>
 RF_BF16_TARGET void Tile(const PairMatmul& m, const uint32_t* panel, int64_t row, int64_t begin, int64_t count) {
   __m512 sums[R][kVectors];
   Multiply<R>(m.x + row * m.x_stride, m.x_stride, panel, m.inputs, sums);
-  const int vectors = m.up != nullptr ? kVectors / 2 : kVectors;
-  for (int v = 0; v < vectors; ++v) {
+  if (m.up != nullptr) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors / 2; ++v) {
+      const __mmask16 mask = LanesBelow(count - 16 * v);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m512 y = _mm512_mul_ps(Silu(sums[r][v]), sums[r][v + kVectors / 2]);
+        StoreHalves(m.y + (row + r) * m.y_stride + begin + 16 * v, mask, y);
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
     const __mmask16 mask = LanesBelow(count - 16 * v);
-    if (mask == 0) return;
     const int64_t column = begin + 16 * v;
     const __m512 bias = m.bias == nullptr ? _mm512_setzero_ps() : WidenHalves(m.bias + column, mask);
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const int64_t at = (row + r) * m.y_stride + column;
       __m512 y = sums[r][v];
-      if (m.up != nullptr) y = _mm512_mul_ps(Silu(y), sums[r][v + kVectors / 2]);
       if (m.bias != nullptr) y = _mm512_add_ps(y, bias);
       if (m.residual != nullptr) y = _mm512_add_ps(y, WidenHalves(m.residual + at, mask));
       StoreHalves(m.y + at, mask, y);
@@ -97,13 +114,16 @@ RF_BF16_TARGET void HeadTile(const PairHead& h, const uint32_t* panel, int64_t i
   const int64_t begin = index * kPanelOutputs, count = std::min(kPanelOutputs, h.outputs - begin);
   const int64_t panels = (h.outputs + kPanelOutputs - 1) / kPanelOutputs;
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_mask_mov_ps(lowest, LanesBelow(count - 16 * v), sums[r][v]);
     const float highest = _mm512_reduce_max_ps(
         _mm512_max_ps(_mm512_max_ps(sums[r][0], sums[r][1]), _mm512_max_ps(sums[r][2], sums[r][3])));
     const __m512 top = _mm512_set1_ps(highest);
     __m512 total = _mm512_setzero_ps();
     uint64_t equal = 0;
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       total = _mm512_add_ps(total, Exp(_mm512_sub_ps(sums[r][v], top)));
       equal |= static_cast<uint64_t>(_mm512_cmp_ps_mask(sums[r][v], top, _CMP_EQ_OQ)) << (16 * v);
@@ -112,6 +132,7 @@ RF_BF16_TARGET void HeadTile(const PairHead& h, const uint32_t* panel, int64_t i
     h.tops[(row + r) * panels + index] = {highest, _mm512_reduce_add_ps(total), static_cast<int32_t>(begin + first)};
     if (*wanted < h.starts[index + 1] && h.wanted[*wanted].row == row + r) {
       alignas(64) float logits[kPanelOutputs];
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) _mm512_store_ps(logits + 16 * v, sums[r][v]);
       for (; *wanted < h.starts[index + 1] && h.wanted[*wanted].row == row + r; ++*wanted) {
         h.wanted[*wanted].logit = logits[h.wanted[*wanted].output - begin];

@@ -51,19 +51,24 @@ constexpr int64_t kAheadBytes = 512;  // of the panel, which streams from the se
 template <int R>
 RF_BF16_INLINE void MultiplyPair(const Bf16* x, int64_t stride, const uint32_t* panel, __m512 (&sums)[R][kVectors]) {
   __m512bh weights[kVectors];
+#pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     weights[v] = (__m512bh)_mm512_load_si512(panel + v * 16);
     _mm_prefetch(reinterpret_cast<const char*>(panel + v * 16) + kAheadBytes, _MM_HINT_T0);
   }
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     const __m512bh input = SplatPair(x + r * stride);
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], input, weights[v]);
   }
 }
 
 template <int R>
 RF_BF16_INLINE void Multiply(const Bf16* x, int64_t stride, const uint32_t* panel, int64_t inputs, __m512 (&sums)[R][kVectors]) {
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_setzero_ps();
   }
   int64_t c = 0;

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -22,6 +23,10 @@ inline constexpr size_t kMaxReportedArtifacts = 256;         // of a worker's ca
 
 inline constexpr std::chrono::milliseconds kLeaseTtl{30'000};
 inline constexpr std::chrono::milliseconds kSynchronizeInterval{1'000};  // while busy
+// Often enough that two lost calls in a row do not cost a lease of this life.
+constexpr std::chrono::milliseconds SynchronizeInterval(std::chrono::milliseconds lease_ttl) {
+  return std::min(kSynchronizeInterval, lease_ttl / 4);
+}
 inline constexpr std::chrono::milliseconds kLongPoll{20'000};            // while idle
 inline constexpr std::chrono::milliseconds kRpcDeadline{30'000};
 inline constexpr std::chrono::milliseconds kWatchHeartbeat{15'000};

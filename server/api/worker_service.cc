@@ -101,11 +101,10 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
     jobs::Core::Report report = turn.core.Synchronize(*request, turn.now, &turn.events);
     response->mutable_cancel()->Swap(&report.cancel);
     response->set_repeat_report(report.repeat || !kept);
+    response->set_not_renewed(report.not_renewed);
     const CoordinatorOptions& options = coordinator_->options();
     response->set_lease_ttl_ms(static_cast<uint32_t>(options.lease_ttl.count()));
-    // Often enough that two lost calls in a row do not cost the lease.
-    response->set_next_synchronize_ms(
-        static_cast<uint32_t>(std::min(limits::kSynchronizeInterval, options.lease_ttl / 4).count()));
+    response->set_next_synchronize_ms(static_cast<uint32_t>(limits::SynchronizeInterval(options.lease_ttl).count()));
     if (stale) {
       turn.replies.push_back([reactor](const Status& committed) { reactor->Finish(ToGrpc(committed)); });
       return;

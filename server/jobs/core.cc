@@ -35,7 +35,7 @@ void Core::StartGrace(const Now& now, Events* events) {
   lives_known_from_ = now.steady + 2 * options_.lease_ttl;  // no call is on its way for longer
   for (const auto& [id, i] : state_.leases) {
     JobState& job = Job(id);
-    if (!options_.mutations.no_grace) Hold(job.tasks[i], now);
+    if (!options_.mutations.no_grace) Hold(job.tasks[i], std::chrono::milliseconds(0), now);
     job.tasks[i].moved = now.steady;
     if (job.state == v1::Job::PAUSED) job.tasks[i].release_at = now.steady + options_.pause_grace;
   }

@@ -111,6 +111,7 @@ class Core {
   struct Report {
     google::protobuf::RepeatedPtrField<v1::LeaseToken> cancel;  // attempts the worker must stop and forget
     bool repeat = false;                                        // its notes were not taken in: it must send them again
+    bool not_renewed = false;                                   // its leases end when they would have: it must call again
   };
   // Whether a later message of the worker was here before this one, or a later life of it: what it says is out of date, it wants
   // nothing any more, and nobody waits for its answer. Synchronize only tells an old life what to stop then.
@@ -202,7 +203,10 @@ class Core {
   bool TakeLosses(JobState& job, size_t i, v1::TaskError* error, const Now& now, Events* events);
 
   // leases.cc
-  void Hold(TaskState& task, const Now& now);
+  // Its lease runs from now on, less what its worker has not heard for.
+  void Hold(TaskState& task, std::chrono::milliseconds unheard, const Now& now);
+  // How long the worker has had no answer; zero as long as that is nothing unusual.
+  std::chrono::milliseconds Unheard(const v1::SynchronizeRequest& request) const;
   // The position of a task that can be leased now.
   StatusOr<size_t> Grantable(const std::string& job, const std::string& path, const Now& now, Events* events);
   v1::Lease EmitLeased(JobState& job, size_t i, const Member& member, const v1::Gang& gang, const Now& now, Events* events);

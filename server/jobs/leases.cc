@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/limits.h"
 #include "server/jobs/core.h"
 #include "server/jobs/retry.h"
 #include "server/jobs/text.h"
@@ -18,6 +19,7 @@ constexpr int kSlowerThanSlowest = 10;  // times, before an attempt counts as st
 constexpr int kFirstStep = 12;          // times options.stall_timeout, for a phase that has not moved yet
 constexpr size_t kMaxLives = 20'000;    // workers whose incarnations are remembered
 constexpr milliseconds kBudgetCheck{1'000};
+constexpr int kUsualPauses = 6;         // of a lease's life: how long an answer may take before it counts as lost
 
 bool HasMoved(const v1::TaskProgress& a, const v1::TaskProgress& b) {
   return a.phase() != b.phase() || a.done() != b.done() || a.tokens_trained() != b.tokens_trained() ||
@@ -26,9 +28,19 @@ bool HasMoved(const v1::TaskProgress& a, const v1::TaskProgress& b) {
 
 }  // namespace
 
-void Core::Hold(TaskState& task, const Now& now) {
-  task.lease_deadline = std::max(task.lease_deadline, now.steady + options_.lease_ttl);
+void Core::Hold(TaskState& task, milliseconds unheard, const Now& now) {
+  task.lease_deadline = now.steady + options_.lease_ttl - std::min(unheard, options_.lease_ttl);
   task.missing_since = milliseconds(-1);
+  next_scan_ = std::min(next_scan_, task.lease_deadline);
+}
+
+// A worker counts its leases from the last call that was answered. When it has not heard answers for long, they may be what is
+// lost: a lease that its messages kept alive would outlive the worker's own belief in it by as long as they arrive. So it is
+// renewed only once the worker has said, by calling again, that an answer reached it.
+milliseconds Core::Unheard(const v1::SynchronizeRequest& request) const {
+  const milliseconds unheard(request.unheard_ms());
+  const milliseconds usual = std::max(options_.lease_ttl / kUsualPauses, 2 * limits::SynchronizeInterval(options_.lease_ttl));
+  return unheard > usual ? unheard : milliseconds(0);
 }
 
 bool Core::IsStale(const v1::SynchronizeRequest& request) const {
@@ -58,11 +70,16 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
   const std::string& worker = request.worker().id();
   if (IsStale(request)) {  // a message that was long on its way
     // What this life says of its leases is out of date: one may have been granted since, whose answer is on its way, or have been begun.
-    if (lives_.at(worker).incarnation == request.incarnation()) return report;
+    if (lives_.at(worker).incarnation == request.incarnation()) {
+      report.not_renewed = true;
+      return report;
+    }
     for (const v1::RunningAttempt& running : request.running()) *report.cancel.Add() = running.lease();
     return report;
   }
   NoteLife(request);
+  const milliseconds unheard = Unheard(request);
+  report.not_renewed = unheard.count() > 0 && request.running_size() > 0;
   std::set<LeaseKey> alive;
   for (const v1::RunningAttempt& running : request.running()) {
     const TaskState* found = AttemptOf(running.lease());
@@ -81,7 +98,7 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
       *report.cancel.Add() = running.lease();
       continue;
     }
-    Hold(task, now);
+    Hold(task, unheard, now);
     if (running.has_progress()) TakeProgress(task, running.progress(), now);
   }
   if (read_only_.ok()) CheckMissing(request, alive, now, events);

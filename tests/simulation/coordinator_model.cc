@@ -183,6 +183,7 @@ void CoordinatorModel::Synchronize(const v1::SynchronizeRequest& request, PollRe
               .deadline = queue_->now() + (request.running().empty() ? settings_.long_poll : 0),
               .reply = std::move(reply)};
   poll.response.mutable_cancel()->Swap(&report.cancel);
+  poll.response.set_not_renewed(report.not_renewed);
   poll.response.set_lease_ttl_ms(static_cast<uint32_t>(settings_.lease_ttl.count()));
   poll.response.set_next_synchronize_ms(static_cast<uint32_t>(settings_.synchronize));
 }

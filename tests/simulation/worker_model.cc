@@ -49,7 +49,7 @@ void WorkerModel::Start() {
   up_ = true;
   ++life_;
   backoff_ = kFirstBackoff;
-  last_success_ = world_->queue.now();
+  heard_ = renewed_ = world_->queue.now();
   Later(world_->network.Between(0, 1'000), [this] { Synchronize(); });
 }
 
@@ -90,6 +90,7 @@ void WorkerModel::Synchronize() {
   const int call = ++sync_call_;
   request->set_revision(static_cast<uint64_t>(call));
   const Time sent = world_->queue.now();
+  request->set_unheard_ms(static_cast<uint32_t>(sent - heard_));
   const auto fail = [this, call] {
     if (call != sync_call_) return;
     Fence();
@@ -116,7 +117,8 @@ void WorkerModel::Synchronize() {
 void WorkerModel::OnSynchronized(Time sent, const v1::SynchronizeResponse& response) {
   ++sync_call_;
   Say(Join("has an answer to what it sent at ", sent));
-  last_success_ = sent;
+  heard_ = sent;
+  if (!response.not_renewed()) renewed_ = sent;
   backoff_ = kFirstBackoff;
   for (const v1::LeaseToken& token : response.cancel()) Drop(KeyOf(token));
   for (const v1::Lease& lease : response.grants()) {
@@ -124,13 +126,13 @@ void WorkerModel::OnSynchronized(Time sent, const v1::SynchronizeResponse& respo
   }
   Fence();
   if (attempts_.size() > slots_) world_->auditor.Fail(Join("worker ", id_, " runs ", attempts_.size(), " attempts in ", slots_, " slots"));
-  const bool at_once = response.grants_size() > 0 || attempts_.empty();
+  const bool at_once = response.grants_size() > 0 || response.not_renewed() || attempts_.empty();
   Later(at_once ? 1 : response.next_synchronize_ms(), [this] { Synchronize(); });
 }
 
 Time WorkerModel::FenceTime() const {
   const Time ttl = world_->scenario.coordinator.lease_ttl.count();
-  return last_success_ + ttl - std::min(kFenceMargin, ttl / 4);
+  return renewed_ + ttl - std::min(kFenceMargin, ttl / 4);
 }
 
 void WorkerModel::Fence() {

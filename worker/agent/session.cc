@@ -28,6 +28,7 @@ constexpr milliseconds kFirstBackoff{100};
 constexpr milliseconds kLongestBackoff{3'000};
 constexpr milliseconds kFenceMargin{5'000};        // attempts are ended this long before their leases run out
 constexpr milliseconds kBusyDeadline{5'000};       // so that the fence is looked at in time
+constexpr milliseconds kLongestUnheard{1'000'000'000};
 constexpr milliseconds kPollSlack{10'000};
 constexpr milliseconds kGoodbyeDeadline{2'000};
 constexpr int kMaxDefaultIds = 1000;
@@ -73,7 +74,8 @@ Session::Session(SessionOptions options)
       lease_ttl_(limits::kLeaseTtl),
       interval_(limits::kSynchronizeInterval),
       backoff_(kFirstBackoff),
-      last_success_(Clock::now()) {}
+      heard_(Clock::now()),
+      renewed_(heard_) {}
 
 Session::~Session() {
   for (auto& attempt : attempts_) attempt->Stop(Attempt::End::kForget);
@@ -180,7 +182,8 @@ Status Session::Step() {
     HandleFailure(response.status());
     return absl::OkStatus();
   }
-  last_success_ = sent;
+  heard_ = sent;
+  if (!response->not_renewed()) renewed_ = sent;
   backoff_ = kFirstBackoff;
   if (!connected_) spdlog::info("connected to {}", options_.coordinator);
   connected_ = ever_connected_ = true;
@@ -188,7 +191,7 @@ Status Session::Step() {
   options_.metrics->Heartbeat();
   Apply(*response);
   if (!attempts_.empty()) {
-    Sleep(response->grants_size() > 0 ? milliseconds(0) : interval_);
+    Sleep(response->grants_size() > 0 || response->not_renewed() ? milliseconds(0) : interval_);
   } else if (Clock::now() - sent < milliseconds(50)) {
     Sleep(kFirstBackoff);   // a long poll that came back at once with nothing: do not spin
   }
@@ -241,6 +244,8 @@ v1::SynchronizeRequest Session::MakeRequest(bool stopping) {
   request.mutable_worker()->set_state(stopping ? "draining" : attempts_.empty() ? "idle" : "busy");
   request.set_incarnation(incarnation_);
   request.set_revision(++revision_);
+  const auto unheard = std::chrono::duration_cast<milliseconds>(Clock::now() - heard_);
+  request.set_unheard_ms(static_cast<uint32_t>(std::min(unheard, kLongestUnheard).count()));
   for (auto& attempt : attempts_) {
     *request.add_running() = attempt->Report();
     request.mutable_worker()->add_running(Join(attempt->token().job(), "/", attempt->token().path()));
@@ -290,7 +295,7 @@ void Session::HandleFailure(const Status& status) {
 }
 
 Session::Clock::time_point Session::FenceTime() const {
-  return last_success_ + lease_ttl_ - std::min(kFenceMargin, lease_ttl_ / 4);
+  return renewed_ + lease_ttl_ - std::min(kFenceMargin, lease_ttl_ / 4);
 }
 
 void Session::Fence() {

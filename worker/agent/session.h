@@ -71,7 +71,7 @@ class Session {
   void Describe(v1::WorkerInfo* worker);
   void Apply(const v1::SynchronizeResponse& response);
   void HandleFailure(const Status& status);
-  // From then on the leases may be over: by the clock of the last request that was answered.
+  // From then on the leases may be over: by the clock of the last request that renewed them.
   Clock::time_point FenceTime() const;
   void Fence();
   void Reap();
@@ -95,7 +95,8 @@ class Session {
   std::chrono::milliseconds lease_ttl_;
   std::chrono::milliseconds interval_;
   std::chrono::milliseconds backoff_;
-  Clock::time_point last_success_;               // when the last answered Synchronize was sent
+  Clock::time_point heard_;                      // when the last answered Synchronize was sent
+  Clock::time_point renewed_;                    // when the last one that renewed the leases was
   bool ever_connected_ = false;
   bool connected_ = false;
   bool drained_ = false;

@@ -125,6 +125,41 @@ TEST(CoreTest, ExpiredLeaseIsGrantedAgainAndTheOldOneIsStale) {
   EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::DONE);
 }
 
+// Goal: a worker whose messages arrive while no answer reaches it keeps its lease no longer than it believes in it itself: 30 s from
+// the last call that was answered.
+TEST(CoreTest, LeaseEndsAlthoughMessagesArriveWhenNoAnswerDoes) {
+  CoreDriver driver;
+  ASSERT_THAT(driver.Create("a"), IsOk());
+  const v1::Lease lease = driver.Grant();
+  v1::SynchronizeRequest request = CoreDriver::Running({lease});
+  for (int second = 1; second < 30; ++second) {
+    driver.Wait(1'000);
+    request.set_unheard_ms(static_cast<uint32_t>(second * 1'000));
+    const Core::Report report = driver.core.Synchronize(request, driver.now, &driver.events);
+    EXPECT_EQ(report.not_renewed, second > 5) << second;
+    EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::LEASED) << second;
+  }
+  driver.Wait(1'000);
+  EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::READY);
+}
+
+// Goal: after 20 s without an answer the first one only tells the worker to call again; that call renews the lease in full.
+TEST(CoreTest, LeaseIsRenewedOnceAnAnswerHasArrived) {
+  CoreDriver driver;
+  ASSERT_THAT(driver.Create("a"), IsOk());
+  const v1::Lease lease = driver.Grant();
+  driver.Wait(20'000);
+  v1::SynchronizeRequest request = CoreDriver::Running({lease});
+  request.set_unheard_ms(20'000);
+  EXPECT_TRUE(driver.core.Synchronize(request, driver.now, &driver.events).not_renewed);
+  request.set_unheard_ms(10);
+  EXPECT_FALSE(driver.core.Synchronize(request, driver.now, &driver.events).not_renewed);
+  driver.Wait(29'999);
+  EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::LEASED);
+  driver.Wait(1);
+  EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::READY);
+}
+
 // Goal: a call whose answer was lost can be repeated; another result for the same attempt is refused.
 TEST(CoreTest, CompletionIsIdempotent) {
   CoreDriver driver;

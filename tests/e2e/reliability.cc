@@ -244,6 +244,14 @@ std::map<std::string, std::string> OutputsOf(const v1::Job& job) {
 
 namespace {
 
+const std::vector<std::pair<std::string, void (*)(const Settings&, Checks&)>>& AllParts() {
+  static const auto& parts = *new std::vector<std::pair<std::string, void (*)(const Settings&, Checks&)>>{
+      {"kills", Kills},           {"away", Away},          {"lost_workers", LostWorkers}, {"bad_network", BadNetwork},
+      {"partition", Partition},   {"stale_commits", StaleCommits},
+      {"failpoints", Failpoints}, {"blob_loss", BlobLoss}, {"small_disk", SmallDisk}};
+  return parts;
+}
+
 int Main(int argc, char** argv) {
   Settings settings;
   std::vector<std::string> names;
@@ -253,19 +261,20 @@ int Main(int argc, char** argv) {
                   .kills = 200};
     } else if (std::strcmp(argv[i], "--inside-namespace") == 0) {
       settings.inside_namespace = true;
-    } else {
+    } else if (std::any_of(AllParts().begin(), AllParts().end(), [&](const auto& part) { return part.first == argv[i]; })) {
       names.push_back(argv[i]);
+    } else {
+      std::fprintf(stderr, "there is no part '%s'; usage: refinery_reliability [--full] [NAME...], where NAME is one of", argv[i]);
+      for (const auto& [name, run] : AllParts()) std::fprintf(stderr, " %s", name.c_str());
+      std::fprintf(stderr, "\n");
+      return 2;
     }
   }
   StatusOr<TemporaryFolder> folder = TemporaryFolder::Make("refinery-reliability");
   RF_CHECK(folder.ok());
   settings.folder = folder->path();
   Checks checks;
-  const std::vector<std::pair<std::string, void (*)(const Settings&, Checks&)>> all = {
-      {"kills", Kills},           {"away", Away},          {"lost_workers", LostWorkers}, {"bad_network", BadNetwork},
-      {"partition", Partition},   {"stale_commits", StaleCommits},
-      {"failpoints", Failpoints}, {"blob_loss", BlobLoss}, {"small_disk", SmallDisk}};
-  for (const auto& [name, run] : all) {
+  for (const auto& [name, run] : AllParts()) {
     if (names.empty() || std::find(names.begin(), names.end(), name) != names.end()) run(settings, checks);
   }
   if (!settings.inside_namespace) std::printf("%s\n", checks.ok() ? "all promises kept" : "a promise was broken");

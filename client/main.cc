@@ -9,6 +9,8 @@
 #include "client/commands/commands.h"
 #include "client/exit_code.h"
 #include "common/logging.h"
+#include "common/status.h"
+#include "common/yaml_message.h"
 
 namespace {
 
@@ -62,6 +64,40 @@ void AddCommands(CLI::App& app, Globals& globals, refinery::client::Result& resu
   AddCompletion(app, globals, result);
 }
 
+// The command that was named, down to its own commands: "refinery admin backup".
+std::string NameOf(const CLI::App*& app) {
+  std::string name = app->get_name();
+  for (std::vector<CLI::App*> named = app->get_subcommands(); !named.empty(); named = app->get_subcommands()) {
+    app = named[0];
+    name += " " + app->get_name();
+  }
+  return name;
+}
+
+// One sentence for a command line that was not understood: the word that nobody knows first, since what is missing often follows from it.
+std::string WrongUse(const CLI::App& program, const CLI::ParseError& error) {
+  const CLI::App* app = &program;
+  const std::string name = NameOf(app);
+  const std::string help = refinery::Join(" See ", name, " --help");
+  std::vector<std::string> commands, flags;
+  for (const CLI::App* command : app->get_subcommands(nullptr)) commands.push_back(command->get_name());
+  for (const CLI::App* of : {app, &program}) {
+    for (const CLI::Option* option : of->get_options()) {
+      for (const std::string& flag : option->get_lnames()) flags.push_back("--" + flag);
+    }
+  }
+  const auto unknown = [&](const char* what, const std::string& word, const std::vector<std::string>& known) {
+    const std::string near = refinery::Nearest(word.substr(0, word.find('=')), known);
+    return refinery::Join(name, ": there is no ", what, " '", word, "'", near.empty() ? "." : "; did you mean '" + near + "'?", help);
+  };
+  for (const std::string& word : program.remaining(/*recurse=*/true)) {
+    if (word.size() > 1 && word[0] == '-') return unknown("flag", word, flags);
+    if (!commands.empty()) return unknown("command", word, commands);
+    return refinery::Join(name, ": '", word, "' is one word too many.", help);
+  }
+  return refinery::Join(name, ": ", error.what(), ".", help);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -95,7 +131,9 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : refinery::client::kWrongInput;
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);
+    std::fprintf(stderr, "%s\n", WrongUse(app, error).c_str());
+    return refinery::client::kWrongInput;
   }
   if (result.ok()) return *result;
   std::fprintf(stderr, "refinery: %s\n", refinery::Message(result.status()).c_str());

@@ -55,6 +55,10 @@ void CheckCertificates(const Globals& globals, Doctor& doctor) {
     if (file.empty()) continue;
     const StatusOr<std::chrono::hours> left = TimeToExpiry(file);
     const int64_t days = left.ok() ? left->count() / 24 : 0;
+    if (left.ok() && left->count() < 0) {
+      doctor.Say(Grade::kFailed, "certificate", Join(file.string(), " has expired; renew it now"));
+      continue;
+    }
     doctor.Say(days < kExpiryWarningDays ? Grade::kWarning : Grade::kOk, "certificate",
                Join(file.string(), " is valid for ", days, " more days", days < kExpiryWarningDays ? "; renew it now" : ""));
   }

@@ -23,7 +23,7 @@ StatusOr<int> Submit(const std::string& recipe, const std::string& request_id, b
   if (globals.json) {
     std::cout << ToJson(job);
   } else if (validate_only) {
-    std::cerr << "the recipe is valid\n";
+    std::cerr << "the recipe and its files are valid; models are looked at only when a job runs\n";
   } else {
     std::cout << job.id() << "\n";
     std::cerr << "submitted; follow it with `refinery watch " << job.id() << "`\n";

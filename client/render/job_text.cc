@@ -93,10 +93,10 @@ std::string JobTable(const v1::ListJobsResponse& jobs) {
   std::vector<std::vector<std::string>> rows;
   for (const v1::Job& job : jobs.jobs()) {
     rows.push_back({job.id(), job.recipe().name(), StateName(job.state()),
-                    Join(job.tasks_done(), "/", job.tasks_total()), TimeText(job.create_time_ms()),
+                    Join(job.tasks_done(), "/", job.tasks_total()), Join(job.priority()), job.tenant(), TimeText(job.create_time_ms()),
                     FirstLine(job.reason())});
   }
-  return TableText({"JOB", "RECIPE", "STATE", "TASKS", "CREATED", "REASON"}, rows);
+  return TableText({"JOB", "RECIPE", "STATE", "TASKS", "PRIORITY", "TENANT", "CREATED", "REASON"}, rows);
 }
 
 namespace {

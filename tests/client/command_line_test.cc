@@ -52,6 +52,23 @@ TEST_F(CommandLineTest, MissingRecipe) {
   }
 }
 
+// Goal: what a command line cannot mean is said in one sentence, with the nearest word that exists.
+TEST_F(CommandLineTest, WordsThatNobodyKnows) {
+  const auto error_of = [&](std::vector<std::string> arguments) {
+    const Output output = Refinery(std::move(arguments));
+    EXPECT_EQ(output.code, 2);
+    EXPECT_THAT(output.out, IsEmpty());
+    return output.err;
+  };
+  EXPECT_EQ(error_of({"sumbit", "r.yaml"}), "refinery: there is no command 'sumbit'; did you mean 'submit'? See refinery --help\n");
+  EXPECT_EQ(error_of({"submit", "--prioritty", "3"}),
+            "refinery submit: there is no flag '--prioritty'; did you mean '--priority'? See refinery submit --help\n");
+  EXPECT_EQ(error_of({"submit"}), "refinery submit: RECIPE is required. See refinery submit --help\n");
+  EXPECT_THAT(error_of({"admin", "bakcup"}), HasSubstr("refinery admin: there is no command 'bakcup'; did you mean 'backup'?"));
+  EXPECT_THAT(error_of({}), HasSubstr("refinery: A subcommand is required. See refinery --help"));
+  EXPECT_THAT(error_of({"list", "--coordinater", "x:1"}), HasSubstr("'--coordinator'"));
+}
+
 // Goal: an unknown key names its line and the nearest known key.
 TEST_F(CommandLineTest, UnknownRecipeKey) {
   std::string recipe = Write("bad.yaml", "name: bad\nstudent: {model: m.gguf}\ndistill:\n  temprature: 2\n");

@@ -115,12 +115,18 @@ Status CopyFolder(const fs::path& from, const fs::path& to) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
-StatusOr<BackupInfo> Backup(const fs::path& state, const fs::path& target) {
+// A folder that was empty and could not be filled is empty again, so that the next try finds it so.
+StatusOr<BackupInfo> OrEmptied(StatusOr<BackupInfo> info, const fs::path& folder) {
+  if (info.ok()) return info;
   std::error_code error;
-  if (!fs::exists(state / "refinery.db", error)) return FailedPrecondition(state.string(), " is no state folder");
-  RF_RETURN_IF_ERROR(NeedEmpty(target));
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
+    std::error_code ignored;
+    fs::remove_all(entry.path(), ignored);
+  }
+  return info;
+}
+
+StatusOr<BackupInfo> FillBackup(const fs::path& state, const fs::path& target) {
   BackupInfo info;
   // A compacted log needs a snapshot that is not newer than itself: those from before the copy, or from after it should the
   // log have been compacted in between.
@@ -135,6 +141,31 @@ StatusOr<BackupInfo> Backup(const fs::path& state, const fs::path& target) {
   return info;
 }
 
+StatusOr<BackupInfo> FillState(const fs::path& backup, const fs::path& state, uint64_t blobs) {
+  BackupInfo info;
+  RF_RETURN_IF_ERROR(CopyBlobs(backup, state, &info));
+  if (info.blobs != blobs) {
+    return FailedPrecondition(backup.string(), " has ", info.blobs, " blobs; its ", kInfoFile, " names ", blobs);
+  }
+  for (const char* folder : {"snapshots", "logs"}) RF_RETURN_IF_ERROR(CopyFolder(backup / folder, state / folder));
+  RF_ASSIGN_OR_RETURN(info.last_seq, CopyEventLog(backup, state / "refinery.db.restoring"));
+  RF_RETURN_IF_ERROR(SyncPath(state / "refinery.db.restoring"));
+  std::error_code error;
+  fs::rename(state / "refinery.db.restoring", state / "refinery.db", error);
+  if (error) return Unavailable((state / "refinery.db").string(), ": cannot be named: ", error.message());
+  RF_RETURN_IF_ERROR(SyncPath(state));
+  return info;
+}
+
+}  // namespace
+
+StatusOr<BackupInfo> Backup(const fs::path& state, const fs::path& target) {
+  std::error_code error;
+  if (!fs::exists(state / "refinery.db", error)) return FailedPrecondition(state.string(), " is no state folder");
+  RF_RETURN_IF_ERROR(NeedEmpty(target));
+  return OrEmptied(FillBackup(state, target), target);
+}
+
 StatusOr<BackupInfo> Restore(const fs::path& backup, const fs::path& state) {
   const StatusOr<std::string> text = ReadFile(backup / kInfoFile);
   if (!text.ok()) {
@@ -146,20 +177,7 @@ StatusOr<BackupInfo> Restore(const fs::path& backup, const fs::path& state) {
   }
   RF_RETURN_IF_ERROR(NeedEmpty(state));
   RF_RETURN_IF_ERROR(CheckEventLog(backup));
-  BackupInfo info;
-  RF_RETURN_IF_ERROR(CopyBlobs(backup, state, &info));
-  if (info.blobs != json["blobs"].get<uint64_t>()) {
-    return FailedPrecondition(backup.string(), " has ", info.blobs, " blobs; its ", kInfoFile, " names ",
-                              json["blobs"].get<uint64_t>());
-  }
-  for (const char* folder : {"snapshots", "logs"}) RF_RETURN_IF_ERROR(CopyFolder(backup / folder, state / folder));
-  RF_ASSIGN_OR_RETURN(info.last_seq, CopyEventLog(backup, state / "refinery.db.restoring"));
-  RF_RETURN_IF_ERROR(SyncPath(state / "refinery.db.restoring"));
-  std::error_code error;
-  fs::rename(state / "refinery.db.restoring", state / "refinery.db", error);
-  if (error) return Unavailable((state / "refinery.db").string(), ": cannot be named: ", error.message());
-  RF_RETURN_IF_ERROR(SyncPath(state));
-  return info;
+  return OrEmptied(FillState(backup, state, json["blobs"].get<uint64_t>()), state);
 }
 
 }  // namespace refinery::store

@@ -65,6 +65,9 @@ StatusOr<std::unique_ptr<api::Server>> StartServer(api::Coordinator* coordinator
 }
 
 void WarnOfOpenDoors(const v1::CoordinatorConfig& config, const std::string& address) {
+  if (config.metrics_address() != "none" && !IsLoopback(config.metrics_address())) {
+    spdlog::warn("the metrics page at {} is open to whoever reaches it: nothing guards it", config.metrics_address());
+  }
   if (IsLoopback(address)) return;
   if (config.tls().certificate().empty()) {
     spdlog::warn("listening on {} WITHOUT ENCRYPTION: tokens, recipes and data cross the network in the clear", address);

@@ -124,10 +124,11 @@ TEST_F(UpkeepTest, StartFromASnapshotGivesTheSameState) {
 TEST_F(UpkeepTest, OldJobsAreShownButNotWatchedFromTheStart) {
   Start({.snapshot_every = 10, .event_retention = milliseconds(0)});
   const std::string first = RunJob();
-  ASSERT_TRUE(Within(5, [&] { return store::ListSnapshots(state_.path()).size() == 1; }));
+  ASSERT_TRUE(Within(5, [&] { return !store::ListSnapshots(state_.path()).empty(); }));
   const std::string second = RunJob();
   const auto resync = [&] { return WatchFrom(first, 0).error_code() == grpc::StatusCode::OUT_OF_RANGE; };
-  ASSERT_TRUE(Within(8, resync));
+  // On a slow machine the first snapshot is of the middle of the first job, and only a third one lets its events go.
+  ASSERT_TRUE(Within(8, [&] { return resync() || (RunJob(), false); }));
   EXPECT_THAT(FromGrpc(WatchFrom(first, 0)), StatusIs(absl::StatusCode::kOutOfRange, HasSubstr("RESYNC")));
   const auto job = caller_.Get(first);
   ASSERT_THAT(job, IsOk());

@@ -27,6 +27,10 @@ inline constexpr std::chrono::milliseconds kSynchronizeInterval{1'000};  // whil
 constexpr std::chrono::milliseconds SynchronizeInterval(std::chrono::milliseconds lease_ttl) {
   return std::min(kSynchronizeInterval, lease_ttl / 4);
 }
+// A worker ends its attempts this long before their leases, which it counts from when it sent the call that renewed them.
+constexpr std::chrono::milliseconds FenceMargin(std::chrono::milliseconds lease_ttl) {
+  return std::min(std::chrono::milliseconds(5'000), lease_ttl / 4);
+}
 inline constexpr std::chrono::milliseconds kLongPoll{20'000};            // while idle
 inline constexpr std::chrono::milliseconds kRpcDeadline{30'000};
 inline constexpr std::chrono::milliseconds kWatchHeartbeat{15'000};

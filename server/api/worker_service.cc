@@ -116,7 +116,7 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Synchronize(grpc::CallbackServerCon
     const Milliseconds wait = is_idle ? std::max(Milliseconds{0}, longest) : Milliseconds{0};
     const auto superseded = coordinator_->fleet().Open({.worker = request->worker().id(),
                                                         .incarnation = request->incarnation(),
-                                                        .free_slots = request->free_slots(),
+                                                        .free_slots = report.not_renewed ? 0 : request->free_slots(),  // it would take a grant for late
                                                         .deadline = turn.now.steady + wait,
                                                         .response = response,
                                                         .answer = [reactor](const Status& committed) {

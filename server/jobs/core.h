@@ -203,10 +203,14 @@ class Core {
   bool TakeLosses(JobState& job, size_t i, v1::TaskError* error, const Now& now, Events* events);
 
   // leases.cc
-  // Its lease runs from now on, less what its worker has not heard for.
-  void Hold(TaskState& task, std::chrono::milliseconds unheard, const Now& now);
-  // How long the worker has had no answer; zero as long as that is nothing unusual.
-  std::chrono::milliseconds Unheard(const v1::SynchronizeRequest& request) const;
+  // Its lease runs from now on, less `short_by`.
+  void Hold(TaskState& task, std::chrono::milliseconds short_by, const Now& now);
+  // What a call does for the leases of a worker that may not have heard answers for long.
+  struct Renewal {
+    bool renewed = true;
+    std::chrono::milliseconds short_by{0};
+  };
+  Renewal RenewalOf(const v1::SynchronizeRequest& request) const;
   // The position of a task that can be leased now.
   StatusOr<size_t> Grantable(const std::string& job, const std::string& path, const Now& now, Events* events);
   v1::Lease EmitLeased(JobState& job, size_t i, const Member& member, const v1::Gang& gang, const Now& now, Events* events);

@@ -19,7 +19,6 @@ constexpr int kSlowerThanSlowest = 10;  // times, before an attempt counts as st
 constexpr int kFirstStep = 12;          // times options.stall_timeout, for a phase that has not moved yet
 constexpr size_t kMaxLives = 20'000;    // workers whose incarnations are remembered
 constexpr milliseconds kBudgetCheck{1'000};
-constexpr int kUsualPauses = 6;         // of a lease's life: how long an answer may take before it counts as lost
 
 bool HasMoved(const v1::TaskProgress& a, const v1::TaskProgress& b) {
   return a.phase() != b.phase() || a.done() != b.done() || a.tokens_trained() != b.tokens_trained() ||
@@ -28,19 +27,22 @@ bool HasMoved(const v1::TaskProgress& a, const v1::TaskProgress& b) {
 
 }  // namespace
 
-void Core::Hold(TaskState& task, milliseconds unheard, const Now& now) {
-  task.lease_deadline = now.steady + options_.lease_ttl - std::min(unheard, options_.lease_ttl);
+void Core::Hold(TaskState& task, milliseconds short_by, const Now& now) {
+  task.lease_deadline = now.steady + options_.lease_ttl - std::min(short_by, options_.lease_ttl);
   task.missing_since = milliseconds(-1);
   next_scan_ = std::min(next_scan_, task.lease_deadline);
 }
 
 // A worker counts its leases from the last call that was answered. When it has not heard answers for long, they may be what is
-// lost: a lease that its messages kept alive would outlive the worker's own belief in it by as long as they arrive. So it is
-// renewed only once the worker has said, by calling again, that an answer reached it.
-milliseconds Core::Unheard(const v1::SynchronizeRequest& request) const {
-  const milliseconds unheard(request.unheard_ms());
-  const milliseconds usual = std::max(options_.lease_ttl / kUsualPauses, 2 * limits::SynchronizeInterval(options_.lease_ttl));
-  return unheard > usual ? unheard : milliseconds(0);
+// lost: a lease that its messages kept alive would outlive the worker's own belief in it by as long as they arrive. So a lease ends
+// at most `usual` behind what the last answer gave, and when the worker's fence could come later than that, the call renews nothing:
+// the worker has to say first, by calling again, that an answer reached it.
+Core::Renewal Core::RenewalOf(const v1::SynchronizeRequest& request) const {
+  const milliseconds ttl = options_.lease_ttl, unheard(request.unheard_ms());
+  const milliseconds usual = std::max(ttl * 2 / 15, 2 * limits::SynchronizeInterval(ttl));
+  if (unheard <= usual) return {};
+  if (unheard <= usual + limits::FenceMargin(ttl) / 2) return {.short_by = unheard - usual};
+  return {.renewed = false, .short_by = unheard};
 }
 
 bool Core::IsStale(const v1::SynchronizeRequest& request) const {
@@ -78,8 +80,8 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
     return report;
   }
   NoteLife(request);
-  const milliseconds unheard = Unheard(request);
-  report.not_renewed = unheard.count() > 0 && request.running_size() > 0;
+  const Renewal renewal = RenewalOf(request);
+  report.not_renewed = !renewal.renewed && request.running_size() > 0;
   std::set<LeaseKey> alive;
   for (const v1::RunningAttempt& running : request.running()) {
     const TaskState* found = AttemptOf(running.lease());
@@ -98,7 +100,7 @@ Core::Report Core::Synchronize(const v1::SynchronizeRequest& request, const Now&
       *report.cancel.Add() = running.lease();
       continue;
     }
-    Hold(task, unheard, now);
+    Hold(task, renewal.short_by, now);
     if (running.has_progress()) TakeProgress(task, running.progress(), now);
   }
   if (read_only_.ok()) CheckMissing(request, alive, now, events);

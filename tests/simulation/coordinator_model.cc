@@ -179,7 +179,7 @@ void CoordinatorModel::Synchronize(const v1::SynchronizeRequest& request, PollRe
   Poll& poll = polls_[worker];
   if (poll.reply) turn.replies.push_back([old = std::move(poll.reply), response = std::move(poll.response)] { old(response); });
   poll = Poll{.incarnation = request.incarnation(),
-              .free_slots = request.free_slots(),
+              .free_slots = report.not_renewed ? 0 : request.free_slots(),
               .deadline = queue_->now() + (request.running().empty() ? settings_.long_poll : 0),
               .reply = std::move(reply)};
   poll.response.mutable_cancel()->Swap(&report.cancel);

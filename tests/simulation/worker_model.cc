@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "common/digest.h"
+#include "common/limits.h"
 #include "tests/simulation/fake_work.h"
 
 namespace refinery::simulation {
@@ -12,7 +13,6 @@ namespace {
 constexpr Time kBusyDeadline = 5'000;
 constexpr Time kCallDeadline = 30'000;
 constexpr Time kPollSlack = 10'000;
-constexpr Time kFenceMargin = 5'000;
 constexpr Time kFirstBackoff = 200;
 constexpr Time kLongestBackoff = 1'000;
 constexpr int kStepsPerCheckpoint = 2;
@@ -117,7 +117,7 @@ void WorkerModel::Synchronize() {
 void WorkerModel::OnSynchronized(Time sent, const v1::SynchronizeResponse& response) {
   ++sync_call_;
   Say(Join("has an answer to what it sent at ", sent));
-  heard_ = sent;
+  heard_ = world_->queue.now();
   if (!response.not_renewed()) renewed_ = sent;
   backoff_ = kFirstBackoff;
   for (const v1::LeaseToken& token : response.cancel()) Drop(KeyOf(token));
@@ -132,7 +132,7 @@ void WorkerModel::OnSynchronized(Time sent, const v1::SynchronizeResponse& respo
 
 Time WorkerModel::FenceTime() const {
   const Time ttl = world_->scenario.coordinator.lease_ttl.count();
-  return renewed_ + ttl - std::min(kFenceMargin, ttl / 4);
+  return renewed_ + ttl - limits::FenceMargin(std::chrono::milliseconds(ttl)).count();
 }
 
 void WorkerModel::Fence() {

@@ -61,8 +61,8 @@ class WorkerModel {
   std::vector<std::function<void()>> deferred_;
   std::map<std::string, Attempt> attempts_;  // by token
   int sync_call_ = 0;
-  Time heard_ = 0;                           // when the last request that was answered had been sent
-  Time renewed_ = 0;                         // when the last one that renewed the leases had been
+  Time heard_ = 0;                           // when the last answer arrived
+  Time renewed_ = 0;                         // when the last request that renewed the leases had been sent
   Time backoff_ = 200;
 };
 

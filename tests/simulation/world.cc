@@ -90,7 +90,7 @@ void World::PlanLong() {
   scenario.loss = scenario.duplication = scenario.delay = 0.0005;
   scenario.task_failure = 0.001;
   scenario.task_hang = 0.0005;
-  scenario.coordinator.synchronize = 10'000;
+  scenario.coordinator.synchronize = 4'000;
   scenario.coordinator.long_poll = 50'000;
   scenario.coordinator.tick = 1'000;
   scenario.coordinator.least_turn = 200;

@@ -191,6 +191,11 @@ void FakeWorkers::AddLog(uint64_t offset, const std::string& text) {
   if (offset + text.size() > record_.log.size()) record_.log.replace(offset, std::string::npos, text);
 }
 
+void FakeWorkers::SetRenews(bool renews) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  renews_ = renews;
+}
+
 void FakeWorkers::AnswerOnce(const v1::SynchronizeResponse& extra) {
   std::lock_guard<std::mutex> lock(mutex_);
   extra_ = extra;
@@ -207,6 +212,7 @@ grpc::Status FakeWorkers::Synchronize(grpc::ServerContext* context, const v1::Sy
   response->MergeFrom(extra_);
   extra_.Clear();
   ++record_.synchronized;
+  record_.longest_unheard_ms = std::max(record_.longest_unheard_ms, request->unheard_ms());
   for (const v1::RunningAttempt& running : request->running()) {
     AddLog(running.log_offset(), running.log());
     record_.notes.insert(record_.notes.end(), running.notes().begin(), running.notes().end());
@@ -225,6 +231,7 @@ grpc::Status FakeWorkers::Synchronize(grpc::ServerContext* context, const v1::Sy
   for (const v1::LeaseToken& token : cancels_) *response->add_cancel() = token;
   response->set_lease_ttl_ms(static_cast<uint32_t>(ttl_.count()));
   response->set_next_synchronize_ms(50);
+  response->set_not_renewed(!renews_);
   return grpc::Status::OK;
 }
 

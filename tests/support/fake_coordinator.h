@@ -73,6 +73,8 @@ class FakeWorkers final : public v1::WorkerService::Service {
   void Grant(const v1::Lease& lease);
   void CancelLease(const v1::LeaseToken& token);
   void SetLeaseTtl(std::chrono::milliseconds ttl);
+  // Whether answers renew the leases, as they do at first.
+  void SetRenews(bool renews);
   // How often CompleteTask answers UNAVAILABLE before it works, or ABORTED for ever.
   void FailCompletes(int times);
   // The next Synchronize is answered with this beside everything else: tell_worker, repeat_report.
@@ -90,6 +92,7 @@ class FakeWorkers final : public v1::WorkerService::Service {
     std::vector<v1::Note> notes;
     std::set<std::string> phases;
     int synchronized = 0;
+    uint32_t longest_unheard_ms = 0;       // that a Synchronize named
     int refused = 0;                       // completes answered with an error
   };
   bool WaitFor(const std::function<bool(const Record&)>& done, std::chrono::seconds wait = std::chrono::seconds(10));
@@ -113,6 +116,7 @@ class FakeWorkers final : public v1::WorkerService::Service {
   std::chrono::milliseconds ttl_{30'000};
   int fail_completes_ = 0;
   bool abort_completes_ = false;
+  bool renews_ = true;
   v1::SynchronizeResponse extra_;
 };
 

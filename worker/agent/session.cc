@@ -26,7 +26,6 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kFirstBackoff{100};
 constexpr milliseconds kLongestBackoff{3'000};
-constexpr milliseconds kFenceMargin{5'000};        // attempts are ended this long before their leases run out
 constexpr milliseconds kBusyDeadline{5'000};       // so that the fence is looked at in time
 constexpr milliseconds kLongestUnheard{1'000'000'000};
 constexpr milliseconds kPollSlack{10'000};
@@ -182,7 +181,7 @@ Status Session::Step() {
     HandleFailure(response.status());
     return absl::OkStatus();
   }
-  heard_ = sent;
+  heard_ = Clock::now();
   if (!response->not_renewed()) renewed_ = sent;
   backoff_ = kFirstBackoff;
   if (!connected_) spdlog::info("connected to {}", options_.coordinator);
@@ -295,7 +294,7 @@ void Session::HandleFailure(const Status& status) {
 }
 
 Session::Clock::time_point Session::FenceTime() const {
-  return renewed_ + lease_ttl_ - std::min(kFenceMargin, lease_ttl_ / 4);
+  return renewed_ + lease_ttl_ - limits::FenceMargin(lease_ttl_);
 }
 
 void Session::Fence() {

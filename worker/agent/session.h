@@ -95,8 +95,8 @@ class Session {
   std::chrono::milliseconds lease_ttl_;
   std::chrono::milliseconds interval_;
   std::chrono::milliseconds backoff_;
-  Clock::time_point heard_;                      // when the last answered Synchronize was sent
-  Clock::time_point renewed_;                    // when the last one that renewed the leases was
+  Clock::time_point heard_;                      // when the last answer arrived
+  Clock::time_point renewed_;                    // when the last Synchronize that renewed the leases was sent
   bool ever_connected_ = false;
   bool connected_ = false;
   bool drained_ = false;

@@ -136,7 +136,7 @@ TEST(CoreTest, LeaseEndsAlthoughMessagesArriveWhenNoAnswerDoes) {
     driver.Wait(1'000);
     request.set_unheard_ms(static_cast<uint32_t>(second * 1'000));
     const Core::Report report = driver.core.Synchronize(request, driver.now, &driver.events);
-    EXPECT_EQ(report.not_renewed, second > 5) << second;
+    EXPECT_EQ(report.not_renewed, second > 6) << second;
     EXPECT_EQ(driver.Task("a", "import/student").state, v1::Task::LEASED) << second;
   }
   driver.Wait(1'000);

@@ -399,6 +399,34 @@ TEST_F(SessionTest, FencesItself) {
   EXPECT_THAT(workers_.record().completed, IsEmpty());
 }
 
+// Goal: a worker says how long no answer has reached it, and no longer than that.
+TEST_F(SessionTest, SaysHowLongItHeardNothing) {
+  workers_.Grant(MakeLease("sleep:60"));
+  StartSession();
+  ASSERT_GT(SleepingPid(), 0);
+  ASSERT_TRUE(workers_.WaitFor([](const Record& record) { return record.last.running_size() == 1; }));
+  const uint32_t before = workers_.record().longest_unheard_ms;
+  coordinator_.Stop();
+  std::this_thread::sleep_for(milliseconds(before + 1500));
+  coordinator_.Start();
+  EXPECT_TRUE(workers_.WaitFor([&](const Record& record) { return record.longest_unheard_ms >= before + 1500; }));
+  EXPECT_TRUE(workers_.WaitFor([](const Record& record) { return record.last.unheard_ms() < 1000; }));
+}
+
+// Goal: an answer that renews nothing does not move the worker's fence; the attempt goes on until then.
+TEST_F(SessionTest, AnswersThatRenewNothingDoNotMoveTheFence) {
+  workers_.SetLeaseTtl(milliseconds(2000));
+  workers_.Grant(MakeLease("sleep:60"));
+  StartSession();
+  const pid_t pid = SleepingPid();
+  ASSERT_GT(pid, 0);
+  ASSERT_TRUE(workers_.WaitFor([](const Record& record) { return record.last.running_size() == 1; }));
+  workers_.SetRenews(false);
+  EXPECT_FALSE(GoneWithin(pid, milliseconds(2000)));
+  coordinator_.Stop();
+  EXPECT_TRUE(GoneWithin(pid, milliseconds(1000)));  // had the answers counted, its fence would come after 1,500 ms
+}
+
 // Goal: the end of a task is reported until it is taken, and not again once it is refused as stale.
 TEST_F(SessionTest, CompleteIsRepeatedUntilAnswered) {
   workers_.FailCompletes(3);

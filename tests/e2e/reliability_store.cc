@@ -59,9 +59,13 @@ StatusOr<Ending> RunScript(const fs::path& state, const std::string& failpoint) 
     *outputs = OutputsOf(ended);
     Sleep(2.5);  // upkeep looks once a second
   }
-  for (const Clock::time_point start = Clock::now(); !failpoint.empty() && failpoint != "checkpoint_wal" &&
-       coordinator.deaths() == 0 && SecondsSince(start) < 8;) {
-    Sleep(0.1);
+  // On a slow machine the first snapshot is of the middle of the first job, and its events go only after one more: work brings it.
+  const bool passed_by_itself = !failpoint.empty() && failpoint != "checkpoint_wal";
+  for (int extra = 1; passed_by_itself && coordinator.deaths() == 0 && extra <= 3; ++extra) {
+    for (const Clock::time_point start = Clock::now(); coordinator.deaths() == 0 && SecondsSince(start) < 8;) Sleep(0.1);
+    if (coordinator.deaths() > 0) break;
+    RF_ASSIGN_OR_RETURN(const std::string job, Submit(channel, Recipe("x", 2, 2 + extra), Join("more-", extra)));
+    RF_RETURN_IF_ERROR(PlayToTheEnd(channel, job).status());
   }
   ending.succeeded = true;
   ending.stop_code = coordinator.StopGently();

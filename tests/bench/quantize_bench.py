@@ -33,7 +33,7 @@ SHARED = HERE.parents[2] / "shared" / "data" / "text"
 TRAIN, TEST, OTHER = (SHARED / name for name in ("wikitext2_raw_train_5k_rows.txt", "wiki.test.raw.first500k.txt", "c4_330k.txt"))
 CACHE = pathlib.Path.home() / ".cache" / "refinery"
 LENGTH = 512
-VARIANTS = {"default": {}, "mse": {"mse": 2.4}, "mse, act order": {"mse": 2.4, "desc_act": True, "act_group_aware": False}}
+VARIANTS = {"default": {}, "mse": {"mse": 2.4}, "mse with act order": {"mse": 2.4, "desc_act": True, "act_group_aware": False}}
 THREADS = os.environ.get("REFINERY_BENCH_THREADS", "2")
 # gptqmodel 7.7.0 does not start on two cores with its own default of one worker.
 PEER_ENVIRONMENT = {"OMP_NUM_THREADS": THREADS, "GPTQMODEL_CPU_WORKERS": "2"}

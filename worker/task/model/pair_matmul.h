@@ -27,7 +27,7 @@ struct PairMatmul {
   int64_t outputs = 0;
   bool by_inputs = false;              // weight is [inputs, outputs] instead: y = x W; without `up`
   const simd::Bf16* bias = nullptr;    // [outputs] or null
-  const simd::Bf16* up = nullptr;      // [outputs, inputs]: y = silu(x W^T) * (x up^T); bias must be null
+  const simd::Bf16* up = nullptr;      // [outputs, inputs]: y = silu(x W^T) * (x up^T), without bias and residual
   const simd::Bf16* residual = nullptr;  // [rows, outputs], row stride y_stride, added before rounding; may be y itself
   simd::Bf16* y = nullptr;             // [rows, outputs], row stride y_stride
   int64_t y_stride = 0;

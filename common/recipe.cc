@@ -83,11 +83,12 @@ void FillRest(v1::Recipe* recipe) {
   mix->set_duplicate_threshold(Or(mix->duplicate_threshold(), 0.8));
   v1::Recover* recover = recipe->mutable_quantize()->mutable_recover();
   if (!recover->has_enabled()) recover->set_enabled(true);
-  recover->set_steps(Or(recover->steps(), 100));
+  recover->set_steps(Or(recover->steps(), 130));
   recover->set_tokens_per_step(Or(recover->tokens_per_step(), 512));
-  recover->set_learning_rate(Or(recover->learning_rate(), gptq->bits() < 4 ? 0.004 : 0.002));
-  recover->set_sequence_length(Or(recover->sequence_length(), 256));
+  recover->set_learning_rate(Or(recover->learning_rate(), gptq->bits() < 4 ? 0.003 : 0.0015));
+  recover->set_sequence_length(Or(recover->sequence_length(), 512));
   if (!recover->has_patience()) recover->set_patience(3);
+  if (!recover->has_layer_weight()) recover->set_layer_weight(60);
   recover->set_evaluate_every(Or(recover->evaluate_every(), 25));
   recover->set_checkpoint_every(Or(recover->checkpoint_every(), 25));
   v1::Evaluate* evaluate = recipe->mutable_evaluate();

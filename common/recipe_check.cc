@@ -282,6 +282,7 @@ Status CheckExport(const v1::Export& written, const v1::Gptq& gptq) {
 Status CheckRecover(const v1::Recover& recover) {
   RF_RETURN_IF_ERROR(Between("quantize.recover.steps", recover.steps(), 1, 1e6));
   RF_RETURN_IF_ERROR(Between("quantize.recover.learning_rate", recover.learning_rate(), 1e-7, 0.1));
+  RF_RETURN_IF_ERROR(Between("quantize.recover.layer_weight", recover.layer_weight(), 0, 1e6));
   RF_RETURN_IF_ERROR(Between("quantize.recover.sequence_length", recover.sequence_length(), 2, 1e6));
   return Require(recover.tokens_per_step() >= recover.sequence_length(), "quantize.recover.tokens_per_step",
                  Join("at least sequence_length (", recover.sequence_length(), ")"), recover.tokens_per_step());

@@ -4,8 +4,8 @@
 // which it was tuned on and on text of another domain; the share of the perplexity gap that was closed; seconds and memory.
 //
 //   refinery_recover_benchmark MODEL TRAIN_TEXT TEST_TEXT OTHER_TEXT [--sequences 64] [--length 512] [--bits 4]
-//                              [--group-size 64] [--steps N] [--tokens N] [--tuned-length 256] [--rate R] [--norm-rate R]
-//                              [--decay D] [--patience N] [--windows 24] [--threads 2] [--artifact FOLDER]
+//                              [--group-size 64] [--steps N] [--tokens N] [--tuned-length 512] [--rate R] [--norm-rate R]
+//                              [--decay D] [--layer-weight W] [--patience N] [--windows 24] [--threads 2] [--artifact FOLDER]
 //
 // MODEL is a GGUF file or a Hugging Face folder. GPTQ sees the first `sequences` x `length` tokens of TRAIN_TEXT; with --artifact
 // its result is stored in that folder, and read from there when it exists. Recovery sees all of TRAIN_TEXT but its end, which is
@@ -58,8 +58,8 @@ struct Arguments {
   std::string artifact;
   std::map<std::string, double> numbers = {{"--sequences", 64}, {"--length", 512},   {"--bits", 4},    {"--group-size", 64},
                                            {"--windows", 24},   {"--threads", 2},    {"--steps", 0},   {"--tokens", 0},
-                                           {"--rate", 0},       {"--norm-rate", -1}, {"--decay", -1},  {"--tuned-length", 256},
-                                           {"--patience", -1},  {"--every", 0}};
+                                           {"--rate", 0},       {"--norm-rate", -1}, {"--decay", -1},  {"--tuned-length", 512},
+                                           {"--patience", -1},  {"--every", 0},      {"--layer-weight", -1}};
 };
 
 bool Parse(int argc, char** argv, Arguments* arguments) {
@@ -144,10 +144,11 @@ recover::RecoverSettings SettingsOf(const Arguments& arguments) {
   const auto& n = arguments.numbers;
   if (n.at("--steps") > 0) settings.steps = static_cast<int64_t>(n.at("--steps"));
   if (n.at("--tokens") > 0) settings.tokens_per_step = static_cast<int64_t>(n.at("--tokens"));
-  settings.learning_rate = settings.norm_learning_rate = n.at("--bits") < 4 ? 4e-3 : 2e-3;  // as recipes do
+  settings.learning_rate = settings.norm_learning_rate = n.at("--bits") < 4 ? 3e-3 : 1.5e-3;  // as recipes do
   if (n.at("--rate") > 0) settings.learning_rate = n.at("--rate");
   if (n.at("--norm-rate") >= 0) settings.norm_learning_rate = n.at("--norm-rate");
   if (n.at("--decay") >= 0) settings.weight_decay = n.at("--decay");
+  if (n.at("--layer-weight") >= 0) settings.layer_weight = n.at("--layer-weight");
   if (n.at("--patience") >= 0) settings.patience = static_cast<int64_t>(n.at("--patience"));
   if (n.at("--every") > 0) settings.evaluate_every = static_cast<int64_t>(n.at("--every"));
   return settings;

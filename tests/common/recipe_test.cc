@@ -87,11 +87,12 @@ TEST(RecipeTest, FillsTheDocumentedDefaults) {
   EXPECT_EQ(r.quantize().gptq().calibration().general_share(), 0);
   EXPECT_EQ(r.quantize().gptq().calibration().duplicate_threshold(), 0.8);
   EXPECT_TRUE(r.quantize().recover().enabled());
-  EXPECT_EQ(r.quantize().recover().steps(), 100u);
+  EXPECT_EQ(r.quantize().recover().steps(), 130u);
   EXPECT_EQ(r.quantize().recover().tokens_per_step(), 512u);
-  EXPECT_EQ(r.quantize().recover().learning_rate(), 0.002);
-  EXPECT_EQ(r.quantize().recover().sequence_length(), 256u);
+  EXPECT_EQ(r.quantize().recover().learning_rate(), 0.0015);
+  EXPECT_EQ(r.quantize().recover().sequence_length(), 512u);
   EXPECT_EQ(r.quantize().recover().patience(), 3u);
+  EXPECT_EQ(r.quantize().recover().layer_weight(), 60);
   EXPECT_EQ(r.quantize().recover().evaluate_every(), 25u);
   EXPECT_EQ(r.quantize().recover().checkpoint_every(), 25u);
   ASSERT_EQ(r.export_().formats_size(), 1);
@@ -192,6 +193,7 @@ TEST(RecipeTest, RangesOfDistillation) {
            {"quantize: {gptq: {bits_budget: 1.5}}", "quantize.gptq.bits_budget must be from 2 to 9, is 1.5"},
            {"quantize: {gptq: {bits_budget: 3.5, bytes_budget: 1000}}", "quantize.gptq.bytes_budget goes not together"},
            {"quantize: {recover: {learning_rate: 1}}", "quantize.recover.learning_rate must be from 1e-07 to 0.1, is 1"},
+           {"quantize: {recover: {layer_weight: -1}}", "quantize.recover.layer_weight must be from 0 to 1e+06, is -1"},
            {"quantize: {recover: {tokens_per_step: 100}}", "quantize.recover.tokens_per_step must be at least sequence_length"},
            {"quantize: {gptq: {max_kl: -1}}", "quantize.gptq.max_kl must be >= 0, is -1"},
            {"quantize: {gptq: {max_ppl_ratio: 0.9}}", "quantize.gptq.max_ppl_ratio must be > 1, is 0.9"},

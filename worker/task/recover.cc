@@ -46,6 +46,7 @@ Status Recover(const RecoverSpec& spec, TaskContext& context) {
                                           .tokens_per_step = spec.tokens_per_step,
                                           .learning_rate = spec.learning_rate,
                                           .norm_learning_rate = spec.learning_rate,
+                                          .layer_weight = spec.layer_weight,
                                           .evaluate_every = spec.evaluate_every,
                                           .patience = spec.patience,
                                           .checkpoint_every = spec.checkpoint_every};

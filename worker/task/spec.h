@@ -106,6 +106,7 @@ struct RecoverSpec {
   int64_t steps = 0;
   int64_t tokens_per_step = 0;
   double learning_rate = 0;
+  double layer_weight = 0;
   int64_t sequence_length = 0;
   int64_t patience = 0;
   int64_t evaluate_every = 0;

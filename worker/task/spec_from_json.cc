@@ -74,6 +74,7 @@ RecoverSpec ToSpec(const v1::RecoverParams& p) {
   return {.steps = s.steps(),
           .tokens_per_step = s.tokens_per_step(),
           .learning_rate = s.learning_rate(),
+          .layer_weight = s.layer_weight(),
           .sequence_length = s.sequence_length(),
           .patience = s.patience(),
           .evaluate_every = s.evaluate_every(),

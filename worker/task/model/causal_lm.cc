@@ -99,12 +99,15 @@ at::Tensor CausalLm::ForwardLayer(const DecoderLayer& layer, const at::Tensor& h
   return ProjectOnto(middle, ProjectGated(Normalize(middle, layer.post_attention_norm), layer.gate, layer.up), layer.down);
 }
 
-at::Tensor CausalLm::Hidden(const PackedBatch& batch) const {
+at::Tensor CausalLm::Hidden(const PackedBatch& batch, std::vector<at::Tensor>* outputs) const {
   const Rotary rotary = MakeRotary(batch.lengths);
   TORCH_CHECK(rotary.cos.size(0) == batch.token_ids.size(0), "Hidden: ", batch.token_ids.size(0),
               " tokens, but lengths sum to ", rotary.cos.size(0));
   at::Tensor hidden = Embed(batch.token_ids.to(device()));
-  for (const DecoderLayer& layer : layers) hidden = ForwardLayer(layer, hidden, batch.lengths, rotary);
+  for (const DecoderLayer& layer : layers) {
+    hidden = ForwardLayer(layer, hidden, batch.lengths, rotary);
+    if (outputs != nullptr) outputs->push_back(hidden);
+  }
   return Normalize(hidden, final_norm);
 }
 

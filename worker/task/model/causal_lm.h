@@ -115,7 +115,8 @@ class CausalLm {
                     const std::vector<int64_t>& lengths, const Rotary& rotary) const;
   at::Tensor ForwardLayer(const DecoderLayer& layer, const at::Tensor& hidden, const std::vector<int64_t>& lengths,
                           const Rotary& rotary) const;
-  at::Tensor Hidden(const PackedBatch& batch) const;                                // [T, H], after the final norm
+  // [T, H], after the final norm. `outputs`, where given, gets every layer's output as well, [T, H] each.
+  at::Tensor Hidden(const PackedBatch& batch, std::vector<at::Tensor>* outputs = nullptr) const;
   at::Tensor Logits(const at::Tensor& hidden) const;                                // [*, H] -> [*, V], model dtype
 
   // The linear layer of that name, or nullptr.

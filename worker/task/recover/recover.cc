@@ -69,6 +69,9 @@ Status CheckSettings(const RecoverSettings& s) {
   if (!(s.warmup_fraction >= 0 && s.warmup_fraction <= 1)) {
     return InvalidArgument("recover.warmup_fraction must lie in [0, 1], not ", s.warmup_fraction);
   }
+  if (!(s.layer_weight >= 0 && s.layer_weight <= 1e6)) {
+    return InvalidArgument("recover.layer_weight must lie in [0, 1e6], not ", s.layer_weight);
+  }
   if (s.evaluate_every < 1) return InvalidArgument("recover.evaluate_every must be at least 1, not ", s.evaluate_every);
   if (s.patience < 0 || s.checkpoint_every < 0) {
     return InvalidArgument("recover.patience and recover.checkpoint_every must not be negative");
@@ -118,6 +121,7 @@ nlohmann::json Fingerprint(const RecoverInputs& inputs, const RecoverSettings& s
           {"beta2", s.beta2},
           {"weight_decay", s.weight_decay},
           {"clip_norm", s.clip_norm},
+          {"layer_weight", s.layer_weight},
           {"evaluate_every", s.evaluate_every},
           {"patience", s.patience}};
 }
@@ -213,13 +217,14 @@ void Run::Measure() {
 double Run::Step() {
   const std::vector<size_t> chosen = stream_.Next(settings_.tokens_per_step);
   const model::PackedBatch batch = Pack(inputs_.train, chosen, inputs_.source->device());
+  LayerTargets targets{.weight = settings_.layer_weight};
   at::Tensor source_states;
   {
     const at::NoGradGuard no_grad;
-    source_states = inputs_.source->Hidden(batch);
+    source_states = inputs_.source->Hidden(batch, settings_.layer_weight > 0 ? &targets.outputs : nullptr);
   }
   optim::ZeroGradients(parameters_);
-  const at::Tensor hidden = model_->Hidden(batch);
+  const at::Tensor hidden = model_->Hidden(batch, targets);
   const auto tokens = static_cast<double>(hidden.size(0));
   const Divergence divergence = SumDivergence(hidden, source_states, inputs_.source->lm_head, {.normalizer = tokens});
   if (!std::isfinite(divergence.sum)) {
@@ -348,6 +353,7 @@ StatusOr<RecoverResult> Recover(const RecoverInputs& inputs, const RecoverSettin
                          {"tokens_per_step", settings.tokens_per_step},
                          {"learning_rate", settings.learning_rate},
                          {"norm_learning_rate", settings.norm_learning_rate},
+                         {"layer_weight", settings.layer_weight},
                          {"seed", inputs.seed},
                          {"train_digest", quantize::CalibrationDigest(inputs.train)},
                          {"held_out_digest", quantize::CalibrationDigest(inputs.held_out)},

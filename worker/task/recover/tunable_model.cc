@@ -15,6 +15,7 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 constexpr size_t kMaxLinears = 3;
+constexpr double kSmallestSquare = 1e-12;  // of a target, so that a state of zeros divides nothing by zero
 
 // y = x W^T + bias. The gradient goes to the input and to the changes of the scales; that of the weights lives only inside
 // `backward`, one stage at a time.
@@ -54,6 +55,23 @@ struct NormTap : Function<NormTap> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor products = (grads[0] * saved[0]).reshape({-1, saved[1].size(0)});
     return {grads[0], products.sum(0, false, at::kFloat).div_(saved[1] + 1)};
+  }
+};
+
+// Passes a layer's output on and, on the way back, adds the gradient of   weight sum over tokens of |h - target|^2 / |target|^2.
+struct TargetTap : Function<TargetTap> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden, const at::Tensor& target, double weight) {
+    ctx->save_for_backward({hidden, target});
+    ctx->saved_data["weight"] = weight;
+    return hidden.view_as(hidden);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::ScalarType type = saved[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const at::Tensor target = saved[1].to(type);
+    const at::Tensor factor = target.square().sum(1, true).clamp_min_(kSmallestSquare).reciprocal_().mul_(2 * ctx->saved_data["weight"].toDouble());
+    const at::Tensor pull = (saved[0].to(type) - target).mul_(factor);
+    return {pull.add_(grads[0]).to(grads[0].scalar_type()), {}, {}};
   }
 };
 
@@ -230,10 +248,16 @@ at::Tensor TunableModel::ForwardLayer(size_t index, const at::Tensor& hidden, co
   return middle + Project(model::SiluMul(gate_up), layer.down);
 }
 
-at::Tensor TunableModel::Hidden(const model::PackedBatch& batch) const {
+at::Tensor TunableModel::Hidden(const model::PackedBatch& batch, const LayerTargets& targets) const {
+  TORCH_CHECK(targets.outputs.empty() || targets.outputs.size() == layers_.size(), "Hidden: ", targets.outputs.size(), " targets for ",
+              layers_.size(), " layers");
   const model::Rotary rotary = lm_.MakeRotary(batch.lengths);
   at::Tensor hidden = lm_.Embed(batch.token_ids.to(lm_.device()));
-  for (size_t i = 0; i < layers_.size(); ++i) hidden = ForwardLayer(i, hidden, batch.lengths, rotary);
+  const double weight = targets.weight / static_cast<double>(layers_.size() * static_cast<size_t>(hidden.size(0)));
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    hidden = ForwardLayer(i, hidden, batch.lengths, rotary);
+    if (!targets.outputs.empty()) hidden = TargetTap::apply(hidden, targets.outputs[i], weight);
+  }
   return Normalize(hidden, final_);
 }
 

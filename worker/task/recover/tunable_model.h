@@ -36,14 +36,21 @@ struct TunableStage {
   at::Tensor bias;                  // [sum of out] or undefined
 };
 
+// What the layers should put out: the source's outputs, [T, H] each. None, or one for every layer.
+struct LayerTargets {
+  std::vector<at::Tensor> outputs;
+  double weight = 0;
+};
+
 class TunableModel {
  public:
   // `source` keeps its weights and must have no adapter attached.
   static StatusOr<std::unique_ptr<TunableModel>> Make(const model::CausalLm& source, const quantize::QuantizedModel& quantized,
                                                       bool tune_norms);
 
-  // [T] tokens -> [T, H] after the final norm; differentiable in the parameters.
-  at::Tensor Hidden(const model::PackedBatch& batch) const;
+  // [T] tokens -> [T, H] after the final norm; differentiable in the parameters. With targets, `backward` of the result adds the
+  // gradient of   weight x mean over tokens and layers of |h - target|^2 / |target|^2   to the one that it is given.
+  at::Tensor Hidden(const model::PackedBatch& batch, const LayerTargets& targets = {}) const;
 
   // "model.layers.0.mlp.up_proj.scales", "model.layers.0.input_layernorm.weight": leaves of the relative changes.
   const std::vector<optim::Parameter>& scales() const { return scales_; }

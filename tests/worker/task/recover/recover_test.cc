@@ -205,6 +205,7 @@ TEST(RecoverTest, BadInputsAreNamed) {
   EXPECT_THAT(status([](Task* t) { t->inputs.train[0].resize(300); }), invalid("has 300 tokens, the model takes 256"));
   EXPECT_THAT(status([](Task* t) { t->settings.steps = 0; }), invalid("recover.steps"));
   EXPECT_THAT(status([](Task* t) { t->settings.learning_rate = 1; }), invalid("recover.learning_rate"));
+  EXPECT_THAT(status([](Task* t) { t->settings.layer_weight = -1; }), invalid("recover.layer_weight"));
   EXPECT_THAT(status([](Task* t) { t->settings.evaluate_every = 0; }), invalid("recover.evaluate_every"));
   EXPECT_THAT(status([](Task* t) { t->quantized.linears.clear(); }), invalid("made from another model"));
 }

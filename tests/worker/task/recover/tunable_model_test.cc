@@ -39,8 +39,9 @@ TEST(TunableModelTest, ComputesWhatTheQuantizedModelComputes) {
   }
 }
 
-// Goal: gradients of scales and norms are right.  Method: a plain model in double whose weights are leaves of autograd:
-// d L / d change = scale x sum over the group of d L / d w (code - zero); of a norm d L / d w x w.
+// Goal: gradients of scales and norms are right, those of the layers' distance to the source with them.  Method: a plain model in
+// double whose weights are leaves of autograd: d L / d change = scale x sum over the group of d L / d w (code - zero); of a norm
+// d L / d w x w.
 TEST(TunableModelTest, GradientsAreThoseOfThePlainModel) {
   const quantize::QuantizedModel quantized = Rounded();
   const auto source = Source(at::kDouble), plain = Source(at::kDouble);
@@ -51,11 +52,19 @@ TEST(TunableModelTest, GradientsAreThoseOfThePlainModel) {
     for (at::Tensor* norm : {&layer.input_norm, &layer.post_attention_norm}) norm->requires_grad_(true);
   }
   plain->final_norm.requires_grad_(true);
-  const at::Tensor source_hidden = source->Hidden(Batch());
-  KlOf(plain->Hidden(Batch()), source_hidden, source->lm_head).div(30).backward();
+  LayerTargets targets{.weight = 0.7};
+  std::vector<at::Tensor> outputs;
+  const at::Tensor source_hidden = source->Hidden(Batch(), &targets.outputs);
+  at::Tensor loss = KlOf(plain->Hidden(Batch(), &outputs), source_hidden, source->lm_head).div(30);
+  ASSERT_EQ(outputs.size(), plain->layers.size());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const at::Tensor distance = (outputs[i] - targets.outputs[i]).square().sum(1) / targets.outputs[i].square().sum(1);
+    loss = loss + distance.mean() * (0.7 / static_cast<double>(outputs.size()));
+  }
+  loss.backward();
 
   const auto tunable = TunableModel::Make(*source, quantized, true).value();
-  const at::Tensor hidden = tunable->Hidden(Batch());
+  const at::Tensor hidden = tunable->Hidden(Batch(), targets);
   hidden.backward(SumDivergence(hidden, source_hidden, source->lm_head, {.normalizer = 30}).gradient);
   std::map<std::string, at::Tensor> got;
   for (const auto& list : {tunable->scales(), tunable->norms()})

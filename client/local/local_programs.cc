@@ -29,6 +29,9 @@ constexpr milliseconds kStartWait{20'000};
 constexpr milliseconds kStopGrace{15'000};
 constexpr size_t kTailLines = 8;
 constexpr uint64_t kMaxRecordBytes = 1 << 20;
+// One job on one's own disk: refineryd's marks keep room for a fleet's uploads and would refuse a laptop that has 15 GiB left.
+constexpr char kDiskFullGib[] = "4";
+constexpr char kDiskReadOnlyGib[] = "1";
 
 // An exclusive lock on <state>/run.lock while programs are started or stopped.
 class StateLock {
@@ -142,8 +145,9 @@ StatusOr<LocalPrograms::Program> LocalPrograms::Launch(const std::string& name, 
   ProcessOptions options{.pipes = false, .log = LogFile(name), .new_session = true};
   options.command = {(options_.programs / name).string()};
   if (name == kCoordinator) {
-    options.command.insert(options.command.end(), {"--listen", address, "--state",
-                                                   (options_.state / "coordinator").string()});
+    options.command.insert(options.command.end(), {"--listen", address, "--state", (options_.state / "coordinator").string(),
+                                                   "--disk-full-free-gib", kDiskFullGib, "--disk-read-only-free-gib",
+                                                   kDiskReadOnlyGib});
   } else {
     options.command.insert(options.command.end(), {"--coordinator", address});
     if (!options_.worker_cache.empty())

@@ -40,7 +40,8 @@ Daemon::Daemon(std::filesystem::path state, std::vector<std::string> flags) : st
   std::error_code ignored;
   std::filesystem::remove(state_ / "address", ignored);
   std::vector<std::string> command = {(ProgramFolder() / "refineryd").string(), "--state", state_.string(), "--listen",
-                                      "127.0.0.1:0", "--metrics-address", "none"};
+                                      "127.0.0.1:0", "--metrics-address", "none", "--disk-full-free-gib", "0",
+                                      "--disk-read-only-free-gib", "0"};
   command.insert(command.end(), flags.begin(), flags.end());
   const Clock::time_point start = Clock::now();
   process_ = Must(Process::Start({.command = command, .pipes = false, .log = state_ / "refineryd.log"}), "starting refineryd");

@@ -71,6 +71,7 @@ void Coordinator::Launch(bool first) {
   std::filesystem::remove(address_file, ignored);
   std::vector<std::string> command = {(ProgramFolder() / "refineryd").string(), "--state", options_.state.string(), "--listen",
                                       address_.empty() ? options_.listen : address_, "--metrics-address", "none"};
+  if (!options_.own_disk) command.insert(command.end(), {"--disk-full-free-gib", "0", "--disk-read-only-free-gib", "0"});
   command.insert(command.end(), options_.flags.begin(), options_.flags.end());
   std::map<std::string, std::string> environment = options_.environment;
   if (first) environment.insert(options_.first_environment.begin(), options_.first_environment.end());

@@ -62,6 +62,7 @@ class Coordinator {
   struct Options {
     std::filesystem::path state;
     std::string listen = "127.0.0.1:0";
+    bool own_disk = false;  // the state is on a disk made for it; else how full the machine's is does not matter
     std::vector<std::string> flags;
     std::map<std::string, std::string> environment;        // always
     std::map<std::string, std::string> first_environment;  // only at the first start

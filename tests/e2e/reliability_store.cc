@@ -245,7 +245,7 @@ void BlobLoss(const Settings& settings, Checks& checks) {
 // and again with room; a kill.
 void DiskFillsUnderLoad(const fs::path& disk, Checks& checks) {
   const auto fail = [&](const Status& status) { checks.Row("disk that fills: " + Message(status), 0, "", "", false); };
-  Coordinator coordinator({.state = disk / "state"});
+  Coordinator coordinator({.state = disk / "state", .own_disk = true});
   const auto channel = coordinator.Connect();
   const auto job = Submit(channel, Recipe("x", kShards, 1), "one");
   if (!job.ok()) return fail(job.status());
@@ -325,7 +325,7 @@ void SmallDisk(const Settings& settings, Checks& checks) {
     ~Unmount() { umount2(path.c_str(), MNT_DETACH); }
   } const unmount{disk}, unmount_filling{settings.folder / "filling"};
   DiskFillsUnderLoad(settings.folder / "filling", checks);
-  Coordinator coordinator({.state = disk / "state"});
+  Coordinator coordinator({.state = disk / "state", .own_disk = true});
   const auto channel = coordinator.Connect();
   const auto fail = [&](const Status& status) { checks.Row("small disk: " + Message(status), 0, "", "", false); };
   const auto job = Submit(channel, Recipe("x", 2, 1), "one");

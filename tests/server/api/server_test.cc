@@ -44,7 +44,9 @@ class ServerTest : public ::testing::Test {
                                                                                    input.curves.size(), " curves"),
                                                                   .html = "<html></html>",
                                                                   .table = "table"};
-                                          }});
+                                          },
+                                          .disk_full = {},
+                                          .disk_read_only = {}});
     ASSERT_THAT(coordinator, IsOk());
     coordinator_ = *std::move(coordinator);
     auto server = Server::Start(coordinator_.get(), {.listen = "127.0.0.1:0"});

@@ -190,6 +190,28 @@ struct AttentionFunction : Function<AttentionFunction> {
   }
 };
 
+// The same by the kernels of causal_attention.h.
+struct CausalAttentionFunction : Function<CausalAttentionFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& cos, const at::Tensor& sin,
+                            const std::vector<int64_t>& lengths, const AttentionShape& shape) {
+    const at::Tensor qkv = input.contiguous(), out = CausalAttention(qkv, cos, sin, lengths, shape);
+    ctx->save_for_backward({qkv, out, cos, sin});
+    ctx->saved_data["lengths"] = lengths;
+    ctx->saved_data["shape"] = std::vector<int64_t>{shape.heads, shape.kv_heads, shape.head_dim, shape.sliding_window};
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const std::vector<int64_t> s = ctx->saved_data["shape"].toIntVector();
+    const AttentionShape shape{.heads = s[0], .kv_heads = s[1], .head_dim = s[2], .sliding_window = s[3]};
+    const at::Tensor dqkv = CausalAttentionGradient(grads[0].contiguous(), saved[1], saved[0], saved[2], saved[3],
+                                                    ctx->saved_data["lengths"].toIntVector(), shape);
+    RotateInto(dqkv, dqkv, saved[2], saved[3], -1, shape.heads + shape.kv_heads, shape.head_dim);
+    return {dqkv, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
 // Right-padded batches under a causal mask: a token never sees the padding, which lies after it. Sequences share a batch
 // while the shortest has at least half the length of the longest.
 at::Tensor PaddedAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& lengths,
@@ -271,7 +293,11 @@ at::Tensor PackedAttention(const at::Tensor& qkv, const at::Tensor& cos, const a
   TORCH_CHECK(qkv.dim() == 2 && qkv.size(0) == total && qkv.size(1) == (n + 2 * m) * d, "PackedAttention: qkv ", qkv.sizes(),
               ", lengths sum to ", total);
   TORCH_CHECK(cos.size(0) == total && cos.size(1) == d && sin.sizes() == cos.sizes(), "PackedAttention: cos ", cos.sizes());
-  if (TakesCausalAttention(qkv, shape)) return CausalAttention(qkv, cos.contiguous(), sin.contiguous(), lengths, shape);
+  if (TakesCausalAttention(qkv, lengths, shape)) {
+    const bool gradient = at::GradMode::is_enabled() && qkv.requires_grad();
+    return gradient ? CausalAttentionFunction::apply(qkv, cos.contiguous(), sin.contiguous(), lengths, shape)
+                    : CausalAttention(qkv, cos.contiguous(), sin.contiguous(), lengths, shape);
+  }
   if (TakesCpuKernels(qkv)) return AttentionFunction::apply(qkv, cos.contiguous(), sin.contiguous(), lengths, shape);
   const at::Tensor q = RotatedPlain(qkv.narrow(1, 0, n * d), cos, sin, d);
   const at::Tensor k = RotatedPlain(qkv.narrow(1, n * d, m * d), cos, sin, d);

@@ -51,4 +51,40 @@ struct PairAttentionItem {
 int64_t PairScratchFloats(int64_t span, int64_t head_dim);
 void AttendPairs(const PairAttentionItem& item);
 
+// The gradient of attention in two steps, by formulas of arXiv:2205.14135 (B.4). With p a query's weights, s their scores:
+//   ds = p (dout . value - dout . out) scale;   dquery = sum of ds key;   dkey = sum of ds query;   dvalue = sum of p dout
+// The first step takes neighbouring queries of one head, the first at an even position, and leaves p and ds of every pair of
+// queries side by side for the second; p and ds are rounded to bfloat16.
+struct PairGradientQuery {
+  const simd::Bf16 *query, *out, *gradient;  // [d]; query rotated
+  simd::Bf16* to;                            // [d] dquery
+  int64_t first, last;                       // positions it sees, both included
+};
+struct PairGradientItem {
+  PairGradientQuery queries[kPairQueries];
+  int count;
+  const simd::Bf16 *keys, *values;   // both laid out as keys; positions up to the capacity hold numbers
+  const simd::Bf16* keys_by_pairs;   // laid out as values
+  simd::Bf16 *weights, *changes;     // [.., capacity, 2] p and ds from the first pair of queries on, written where a query sees
+  int64_t capacity;
+  float* scratch;                    // PairGradientScratchFloats(...) floats, aligned to 64 bytes
+  int64_t head_dim;
+  float scale;
+};
+int64_t PairGradientScratchFloats(int64_t span, int64_t head_dim);
+void PairQueryGradient(const PairGradientItem& item);
+
+// to[i] = sum over heads h and pairs of queries in [first, last) of numbers[h, pair, key + i] x rows[h, pair], for four keys of
+// one block.
+struct PairKeySum {
+  const simd::Bf16* numbers;  // [heads, capacity / 2, capacity, 2]
+  const simd::Bf16* rows;     // [heads, capacity / 2, d, 2], a head rows_stride numbers after the last
+  int64_t rows_stride;
+  int64_t heads, capacity, head_dim;
+  int64_t first, last;        // pairs
+  int64_t key;
+  simd::Bf16* to[4];          // [d]; null past the sequence's end
+};
+void SumOverQueries(const PairKeySum& sum);
+
 }  // namespace refinery::kernels

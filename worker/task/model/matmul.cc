@@ -1,5 +1,6 @@
 #include "worker/task/runtime/torch.h"
 // The precompiled header comes first.
+#include <algorithm>
 #include <atomic>
 
 #include "worker/task/model/matmul.h"
@@ -12,6 +13,7 @@ namespace {
 using simd::Bf16;
 
 constexpr int64_t kManyRows = 32;
+// A panel holds 64 columns of so many inputs: it must stay in the second-level cache.
 constexpr int64_t kMostInputs = 4096;
 
 Bf16* Data(const at::Tensor& tensor) { return tensor.defined() ? static_cast<Bf16*>(tensor.data_ptr()) : nullptr; }
@@ -69,13 +71,17 @@ at::Tensor MatmulByInputs(const at::Tensor& x, const at::Tensor& weight, const a
   TORCH_CHECK(!residual.defined() || (residual.size(0) == x.size(0) && residual.size(1) == weight.size(1)), "MatmulByInputs: residual ",
               residual.sizes());
   const bool fits = !residual.defined() || (residual.is_contiguous() && residual.scalar_type() == at::kBFloat16);
-  // A panel holds 64 columns of all inputs: it must stay in the second-level cache.
-  if (!fits || x.size(1) > kMostInputs || !TakesPairMatmul(x, weight)) {
-    return residual.defined() ? at::addmm(residual, x, weight) : at::mm(x, weight);
+  if (!fits || !TakesPairMatmul(x, weight)) return residual.defined() ? at::addmm(residual, x, weight) : at::mm(x, weight);
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(1);
+  const at::Tensor y = at::empty({rows, outputs}, x.options());
+  const at::Tensor partial = inputs > kMostInputs ? at::zeros({rows, outputs}, at::kFloat) : at::Tensor();
+  for (int64_t begin = 0; begin == 0 || begin < inputs; begin += kMostInputs) {
+    const int64_t count = std::min(kMostInputs, inputs - begin);
+    const bool last = begin + count == inputs;
+    RunUnits({.x = Data(x) + begin, .rows = rows, .inputs = count, .x_stride = x.stride(0), .weight = Data(weight) + begin * outputs,
+              .outputs = outputs, .by_inputs = true, .residual = last ? Data(residual) : nullptr,
+              .partial = partial.defined() ? partial.data_ptr<float>() : nullptr, .y = last ? Data(y) : nullptr, .y_stride = outputs});
   }
-  const at::Tensor y = at::empty({x.size(0), weight.size(1)}, x.options());
-  RunUnits({.x = Data(x), .rows = x.size(0), .inputs = x.size(1), .x_stride = x.stride(0), .weight = Data(weight),
-            .outputs = weight.size(1), .by_inputs = true, .residual = Data(residual), .y = Data(y), .y_stride = weight.size(1)});
   return y;
 }
 

@@ -100,6 +100,11 @@ RF_BF16_TARGET void Tile(const PairMatmul& m, const uint32_t* panel, int64_t row
     for (int r = 0; r < R; ++r) {
       const int64_t at = (row + r) * m.y_stride + column;
       __m512 y = sums[r][v];
+      if (m.partial != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, m.partial + at));
+      if (m.y == nullptr) {
+        _mm512_mask_storeu_ps(m.partial + at, mask, y);
+        continue;
+      }
       if (m.bias != nullptr) y = _mm512_add_ps(y, bias);
       if (m.residual != nullptr) y = _mm512_add_ps(y, WidenHalves(m.residual + at, mask));
       StoreHalves(m.y + at, mask, y);

@@ -29,7 +29,8 @@ struct PairMatmul {
   const simd::Bf16* bias = nullptr;    // [outputs] or null
   const simd::Bf16* up = nullptr;      // [outputs, inputs]: y = silu(x W^T) * (x up^T), without bias and residual
   const simd::Bf16* residual = nullptr;  // [rows, outputs], row stride y_stride, added before rounding; may be y itself
-  simd::Bf16* y = nullptr;             // [rows, outputs], row stride y_stride
+  float* partial = nullptr;            // [rows, outputs], row stride y_stride: added; without `up`
+  simd::Bf16* y = nullptr;             // [rows, outputs], row stride y_stride; null: the sum goes to `partial`, not rounded
   int64_t y_stride = 0;
 };
 

@@ -64,8 +64,7 @@ Divergence SumDivergence(const at::Tensor& hidden, const at::Tensor& source_hidd
       result.sum += FusedRows<float>(teacher_logits, student_logits, static_cast<float>(factor));
     }
     if (factor == 0) continue;
-    at::Tensor out = result.gradient.narrow(0, begin, count);
-    at::mm_out(out, student_logits, head);
+    result.gradient.narrow(0, begin, count).copy_(model::MatmulByInputs(student_logits, head));
   }
   return result;
 }

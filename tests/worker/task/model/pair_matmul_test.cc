@@ -2,6 +2,7 @@
 // The precompiled header comes first.
 #include <gtest/gtest.h>
 
+#include "worker/task/model/matmul.h"
 #include "worker/task/model/pair_attention.h"
 #include "worker/task/model/pair_matmul.h"
 #include "worker/task/model/pair_simd.h"
@@ -71,6 +72,21 @@ TEST_F(PairMatmulTest, ProductBiasAndResidual) {
           EXPECT_TRUE(at::equal(y[0], first)) << rows << " x " << inputs << " x " << outputs;
         }
       }
+    }
+  }
+}
+
+// Goal: many inputs, taken in pieces, are rounded no more often than few.  Oracle: float64.
+TEST_F(PairMatmulTest, ManyInputs) {
+  at::manual_seed(7);
+  for (const int64_t inputs : {4096, 4098, 13000}) {
+    const at::Tensor x = RandomHalves({40, inputs + 6}).narrow(1, 4, inputs), weight = RandomHalves({inputs, 100});
+    const at::Tensor residual = RandomHalves({40, 100}), product = at::mm(x.to(at::kDouble), weight.to(at::kDouble));
+    for (const at::Tensor& added : {at::Tensor(), residual}) {
+      const at::Tensor expected = added.defined() ? product + added.to(at::kDouble) : product;
+      const at::Tensor allowed = expected.abs() / 250 + 1e-5 * std::sqrt(inputs);  // half a unit of 8 bits, and sums in float32
+      const at::Tensor y = model::MatmulByInputs(x, weight, added);
+      EXPECT_TRUE((y.to(at::kDouble) - expected).abs().le(allowed).all().item<bool>()) << inputs << (added.defined() ? ", residual" : "");
     }
   }
 }

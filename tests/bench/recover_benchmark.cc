@@ -144,7 +144,7 @@ recover::RecoverSettings SettingsOf(const Arguments& arguments) {
   const auto& n = arguments.numbers;
   if (n.at("--steps") > 0) settings.steps = static_cast<int64_t>(n.at("--steps"));
   if (n.at("--tokens") > 0) settings.tokens_per_step = static_cast<int64_t>(n.at("--tokens"));
-  settings.learning_rate = settings.norm_learning_rate = n.at("--bits") < 4 ? 3e-3 : 1.5e-3;  // as recipes do
+  settings.learning_rate = settings.norm_learning_rate = n.at("--bits") < 4 ? 4e-3 : 2.5e-3;  // as recipes do
   if (n.at("--rate") > 0) settings.learning_rate = n.at("--rate");
   if (n.at("--norm-rate") >= 0) settings.norm_learning_rate = n.at("--norm-rate");
   if (n.at("--decay") >= 0) settings.weight_decay = n.at("--decay");

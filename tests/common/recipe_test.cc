@@ -89,11 +89,11 @@ TEST(RecipeTest, FillsTheDocumentedDefaults) {
   EXPECT_TRUE(r.quantize().recover().enabled());
   EXPECT_EQ(r.quantize().recover().steps(), 130u);
   EXPECT_EQ(r.quantize().recover().tokens_per_step(), 512u);
-  EXPECT_EQ(r.quantize().recover().learning_rate(), 0.0015);
+  EXPECT_EQ(r.quantize().recover().learning_rate(), 0.0025);
   EXPECT_EQ(r.quantize().recover().sequence_length(), 512u);
-  EXPECT_EQ(r.quantize().recover().patience(), 3u);
-  EXPECT_EQ(r.quantize().recover().layer_weight(), 60);
-  EXPECT_EQ(r.quantize().recover().evaluate_every(), 25u);
+  EXPECT_EQ(r.quantize().recover().patience(), 2u);
+  EXPECT_EQ(r.quantize().recover().layer_weight(), 40);
+  EXPECT_EQ(r.quantize().recover().evaluate_every(), 45u);
   EXPECT_EQ(r.quantize().recover().checkpoint_every(), 25u);
   ASSERT_EQ(r.export_().formats_size(), 1);
   EXPECT_EQ(r.export_().formats(0), "gptq");

@@ -33,15 +33,15 @@ namespace refinery::recover {
 struct RecoverSettings {
   int64_t steps = 130;                // optimizer steps at most
   int64_t tokens_per_step = 512;      // whole sequences
-  double learning_rate = 1.5e-3;      // peak; fewer bits take more: 3e-3 below 4. Of the scales' relative change
-  double norm_learning_rate = 1.5e-3; // of the norms'; 0 = the norms stay
+  double learning_rate = 2.5e-3;      // peak; fewer bits take more: 4e-3 below 4. Of the scales' relative change
+  double norm_learning_rate = 2.5e-3; // of the norms'; 0 = the norms stay
   double warmup_fraction = 0.05;
-  double beta1 = 0.9, beta2 = 0.99;   // AdamW
+  double beta1 = 0.6, beta2 = 0.95;   // AdamW: few steps, so little memory
   double weight_decay = 0;            // pulls changes back to 0
   double clip_norm = 0;               // of all gradients together; 0 = none
-  double layer_weight = 60;           // of the distance of the layers' outputs beside the KL; 0 = the KL alone
-  int64_t evaluate_every = 25;        // steps between two measurements of the held-out KL
-  int64_t patience = 3;               // measurements without a new best before the run ends; 0 = never
+  double layer_weight = 40;           // of the distance of the layers' outputs beside the KL; 0 = the KL alone
+  int64_t evaluate_every = 45;        // steps between two measurements of the held-out KL
+  int64_t patience = 2;               // measurements without a new best before the run ends; 0 = never
   int64_t checkpoint_every = 0;       // steps; 0 = none
 };
 

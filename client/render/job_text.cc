@@ -217,7 +217,7 @@ int ExitCodeOf(const v1::Job& job) {
   return user ? kWrongInput : kFailed;
 }
 
-std::optional<double> SecondsLeft(const v1::Job& job) {
+std::optional<double> SecondsLeft(const v1::Job& job, const std::map<std::string, double>& phases) {
   std::map<v1::TaskKind, std::pair<double, int>> by_kind;
   std::pair<double, int> all;
   uint32_t ended = 0, running = 0;
@@ -237,7 +237,9 @@ std::optional<double> SecondsLeft(const v1::Job& job) {
   for (const v1::Task& task : job.tasks()) {
     if (task.state() != v1::Task::LEASED && task.state() != v1::Task::READY && task.state() != v1::Task::BLOCKED) continue;
     auto known = by_kind.find(task.kind());
-    left += TaskSecondsLeft(task, known != by_kind.end() ? known->second.first / known->second.second : mean);
+    const double seconds = TaskSecondsLeft(task, known != by_kind.end() ? known->second.first / known->second.second : mean);
+    const auto phase = phases.find(task.path());
+    left += phase == phases.end() || task.state() != v1::Task::LEASED ? seconds : std::max(seconds, phase->second);
   }
   // Tasks that the search has not asked for yet.
   uint32_t listed = static_cast<uint32_t>(job.tasks_size());

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -28,7 +29,8 @@ std::string EventText(const v1::Event& event);
 bool IsFinal(v1::Job::State state);
 // 0, 1, 2 (a wrong input that only a task could find), or 3.
 int ExitCodeOf(const v1::Job& job);
-// Seconds until the job is done, from the durations of its finished tasks; nullopt while nothing is known.
-std::optional<double> SecondsLeft(const v1::Job& job);
+// Seconds until the job is done, from the durations of its finished tasks; nullopt while nothing is known. `phases`: what the
+// present phase of a running task, by path, will still take at the speed it has; such a task takes no less.
+std::optional<double> SecondsLeft(const v1::Job& job, const std::map<std::string, double>& phases = {});
 
 }  // namespace refinery::client

@@ -59,6 +59,10 @@ void ProgressView::OnEvent(const v1::Event& event) {
 }
 
 void ProgressView::OnProgress(const v1::WatchJobResponse::Progress& progress) {
+  const v1::TaskProgress& now = progress.progress();
+  PhaseStart& start = phases_[progress.path()];
+  const bool begins = start.time == Clock::time_point() || start.phase != now.phase() || now.done() < start.done;
+  if (begins) start = {.phase = now.phase(), .done = now.done(), .time = Clock::now()};
   for (v1::Task& task : *job_.mutable_tasks()) {
     if (task.path() == progress.path()) *task.mutable_progress() = progress.progress();
   }
@@ -76,6 +80,18 @@ void ProgressView::Print(const std::string& line) {
   Write(fd_, Join("[", DurationText(Elapsed()), "] ", line, "\n"));
 }
 
+std::map<std::string, double> ProgressView::PhaseSecondsLeft() const {
+  std::map<std::string, double> left;
+  for (const v1::Task& task : job_.tasks()) {
+    const auto start = phases_.find(task.path());
+    const v1::TaskProgress& now = task.progress();
+    if (start == phases_.end() || now.done() <= start->second.done || now.total() < now.done()) continue;
+    const double elapsed = std::chrono::duration<double>(Clock::now() - start->second.time).count();
+    left[task.path()] = elapsed * (now.total() - now.done()) / (now.done() - start->second.done);
+  }
+  return left;
+}
+
 std::string ProgressView::TaskLine(const v1::Task& task) const {
   const v1::TaskProgress& progress = task.progress();
   std::string line = Join("  ", KindName(task.kind()), "  ", task.path());
@@ -91,7 +107,7 @@ std::string ProgressView::TaskLine(const v1::Task& task) const {
 }
 
 std::vector<std::string> ProgressView::Lines() const {
-  std::optional<double> left = SecondsLeft(job_);
+  std::optional<double> left = SecondsLeft(job_, PhaseSecondsLeft());
   std::string head = Join("job ", job_.id(), " (", job_.recipe().name(), ")  ", StateName(job_.state()), "  ",
                           job_.tasks_done(), "/", job_.tasks_total(), " tasks  ", DurationText(Elapsed()));
   head += left.has_value() ? Join("  about ", DurationText(*left), " left") : "  time left unknown";

@@ -39,13 +39,22 @@ class ProgressView {
 
  private:
   using Clock = std::chrono::steady_clock;
+  // Where a running task's present phase was first seen.
+  struct PhaseStart {
+    std::string phase;
+    double done = 0;
+    Clock::time_point time;
+  };
   std::string TaskLine(const v1::Task& task) const;
+  // What the phases of running tasks will still take, in seconds, by path.
+  std::map<std::string, double> PhaseSecondsLeft() const;
   void Print(const std::string& line);
   double Elapsed() const;
 
   const int fd_;
   const bool live_;
   v1::Job job_;
+  std::map<std::string, PhaseStart> phases_;  // by path
   std::string waiting_;
   Clock::time_point started_;
   Clock::time_point last_plain_;

@@ -87,6 +87,11 @@ TEST(RenderTest, TimeLeft) {
       {"kind":"TRAIN","state":"DONE","seconds":10},{"kind":"TRAIN","state":"DONE","seconds":20},
       {"kind":"TRAIN","state":"LEASED","progress":{"done":4,"total":10}},{"kind":"TRAIN","state":"READY"}]})");
   EXPECT_NEAR(SecondsLeft(job).value_or(-1), 24, 1e-9);
+  // The running one is slower than the finished ones were: its phase alone takes 30 s. A phase of one that waits says nothing.
+  job.mutable_tasks(2)->set_path("slow");
+  job.mutable_tasks(3)->set_path("waits");
+  EXPECT_NEAR(SecondsLeft(job, {{"slow", 30}, {"waits", 100}}).value_or(-1), 45, 1e-9);
+  EXPECT_NEAR(SecondsLeft(job, {{"slow", 3}}).value_or(-1), 24, 1e-9);
   EXPECT_FALSE(SecondsLeft(ParseJob(R"({"tasks":[{"kind":"TRAIN","state":"READY"}]})")).has_value());
 }
 

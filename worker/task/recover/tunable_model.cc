@@ -69,7 +69,8 @@ struct TargetTap : Function<TargetTap> {
     const variable_list saved = ctx->get_saved_variables();
     const at::ScalarType type = saved[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const at::Tensor target = saved[1].to(type);
-    const at::Tensor factor = target.square().sum(1, true).clamp_min_(kSmallestSquare).reciprocal_().mul_(2 * ctx->saved_data["weight"].toDouble());
+    const at::Tensor size = target.square().sum(1, true).clamp_min_(kSmallestSquare);
+    const at::Tensor factor = size.reciprocal_().mul_(2 * ctx->saved_data["weight"].toDouble());
     const at::Tensor pull = (saved[0].to(type) - target).mul_(factor);
     return {pull.add_(grads[0]).to(grads[0].scalar_type()), {}, {}};
   }

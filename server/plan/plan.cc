@@ -195,7 +195,7 @@ class Planner {
     Add("merge/best", v1::MERGE, {Student(), FromStudy("best")}, "fold the best adapter into the student")
         ->mutable_merge()
         ->set_keep_model(recipe_.export_().merged_model());
-    // Only a comparison: no gate of the delivered model stops the job here.
+    // Gates are the delivered model's: what is only compared with it, or recovered afterwards, stops no job.
     v1::Gptq ungated = gptq;
     ungated.clear_max_kl();
     ungated.clear_max_ppl_ratio();
@@ -204,14 +204,19 @@ class Planner {
          ->mutable_gptq() = ungated;
     *Add("quantize/refined", v1::QUANTIZE, std::move(refined), Join(how, " of the refined model"))
          ->mutable_quantize()
-         ->mutable_gptq() = gptq;
+         ->mutable_gptq() = Recovers() ? ungated : gptq;
     if (!Recovers()) return;
     const v1::Recover& recover = recipe_.quantize().recover();
-    *Add("recover/refined", v1::RECOVER,
-         {Student(), FromStudy("best"), FromTask("quantized", "quantize/refined"), Examples()},
-         Join("tune its scales for up to ", recover.steps(), " steps"))
-         ->mutable_recover()
-         ->mutable_settings() = recover;
+    v1::RecoverParams* params = Add("recover/refined", v1::RECOVER,
+                                    {Student(), FromStudy("best"), FromTask("quantized", "quantize/refined"), Examples()},
+                                    Join("tune its scales for up to ", recover.steps(), " steps"))
+                                    ->mutable_recover();
+    *params->mutable_settings() = recover;
+    v1::QualityGate* gate = params->mutable_gate();
+    gate->set_max_kl(gptq.max_kl());
+    gate->set_max_ppl_ratio(gptq.max_ppl_ratio());
+    gate->set_held_out_tokens(gptq.held_out_tokens());
+    gate->set_sequence_length(gptq.sequence_length());
   }
 
   bool Recovers() const { return recipe_.quantize().recover().enabled(); }

@@ -8,6 +8,7 @@
 #include "common/files.h"
 #include "worker/task/calibration.h"
 #include "worker/task/models.h"
+#include "worker/task/quality_gate.h"
 #include "worker/task/quantize/mixed_bits.h"
 #include "worker/task/quantize/model_quantizer.h"
 #include "worker/task/quantize/quantize_plan.h"
@@ -66,25 +67,6 @@ StatusOr<Calibration> Calibrate(const GptqSpec& spec, const tokenizer::Tokenizer
   context.events.Measure({.name = "calibration_vocabulary", .value = calibration.vocabulary_share,
                           .count = static_cast<uint64_t>(calibration.distinct_ids), .unit = "share"});
   return calibration;
-}
-
-// Windows of the held-out split that the figures are measured on; none where there are no such examples.
-StatusOr<quantize::TokenSequences> HeldOutText(const GptqSpec& spec, const tokenizer::Tokenizer& tokenizer, const TaskContext& context) {
-  quantize::TokenSequences sequences;
-  const std::filesystem::path file = context.inputs / "examples" / "held_out.jsonl";
-  std::error_code error;
-  if (spec.held_out_tokens < 2 || !std::filesystem::exists(file, error)) return sequences;
-  RF_ASSIGN_OR_RETURN(const std::vector<data::Example> examples, data::ReadExamples(file));
-  int64_t tokens = 0;
-  for (const data::Example& example : examples) {
-    if (tokens >= spec.held_out_tokens) break;
-    RF_ASSIGN_OR_RETURN(std::vector<int32_t> ids, tokenizer.Encode(ExampleText(example)));
-    if (ids.size() < 2) continue;
-    if (static_cast<int64_t>(ids.size()) > spec.sequence_length) ids.resize(static_cast<size_t>(std::max<int64_t>(2, spec.sequence_length)));
-    tokens += static_cast<int64_t>(ids.size());
-    sequences.ids.push_back(std::move(ids));
-  }
-  return sequences;
 }
 
 // Everything that the codes depend on.
@@ -172,33 +154,15 @@ void MeasureErrors(const quantize::QuantizedModel& quantized, TaskContext& conte
   }
 }
 
-// Reports the held-out figures and holds them against the gates.
-Status CheckGates(const GptqSpec& spec, const std::optional<quantize::HeldOutFigures>& figures, TaskContext& context) {
-  if (!figures || figures->tokens == 0) {
-    if (spec.max_kl <= 0 && spec.max_ppl_ratio <= 0) return absl::OkStatus();
-    return FailedPrecondition("quantize.gptq has a gate (max_kl or max_ppl_ratio), but there is no held-out text to measure on: "
-                              "raise data.curate.held_out_fraction or data.synthesize.examples");
-  }
+void ReportHeldOut(const quantize::HeldOutFigures& figures, TaskContext& context) {
   const auto measure = [&](const char* name, double value, const char* unit) {
-    context.events.Measure({.name = name, .value = value, .count = static_cast<uint64_t>(figures->tokens), .unit = unit});
+    context.events.Measure({.name = name, .value = value, .count = static_cast<uint64_t>(figures.tokens), .unit = unit});
   };
-  const double ratio = figures->quantized_perplexity / figures->source_perplexity;
-  measure("source_perplexity", figures->source_perplexity, "");
-  measure("quantized_perplexity", figures->quantized_perplexity, "");
-  measure("rounded_perplexity", figures->rounded_perplexity, "");
-  measure("quantized_kl", figures->quantized_kl, "nats");
-  measure("rounded_kl", figures->rounded_kl, "nats");
-  const char* fix = "; give more bits, a smaller group_size or more calibration_tokens, or a wider bound";
-  if (spec.max_kl > 0 && !(figures->quantized_kl <= spec.max_kl)) {
-    return FailedPrecondition("the quantized model's KL to the unquantized one is ", figures->quantized_kl, " nats on ", figures->tokens,
-                              " held-out tokens, above quantize.gptq.max_kl ", spec.max_kl, fix);
-  }
-  if (spec.max_ppl_ratio > 0 && !(ratio <= spec.max_ppl_ratio)) {
-    return FailedPrecondition("the quantized model's perplexity is ", ratio, " times the unquantized one's (", figures->quantized_perplexity,
-                              " and ", figures->source_perplexity, " on ", figures->tokens,
-                              " held-out tokens), above quantize.gptq.max_ppl_ratio ", spec.max_ppl_ratio, fix);
-  }
-  return absl::OkStatus();
+  measure("source_perplexity", figures.source_perplexity, "");
+  measure("quantized_perplexity", figures.quantized_perplexity, "");
+  measure("rounded_perplexity", figures.rounded_perplexity, "");
+  measure("quantized_kl", figures.quantized_kl, "nats");
+  measure("rounded_kl", figures.rounded_kl, "nats");
 }
 
 int64_t Tokens(const std::vector<std::vector<int32_t>>& sequences) {
@@ -223,7 +187,7 @@ Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
 
   nlohmann::json facts;
   RF_ASSIGN_OR_RETURN(const Calibration calibration, Calibrate(gptq, *tokenizer, context, &facts));
-  RF_ASSIGN_OR_RETURN(const quantize::TokenSequences held_out, HeldOutText(gptq, *tokenizer, context));
+  RF_ASSIGN_OR_RETURN(const quantize::TokenSequences held_out, HeldOutText(gptq.gate, *tokenizer, context));
   const quantize::PlanRequest request{.calibration_tokens = calibration.tokens, .held_out_tokens = Tokens(held_out.ids),
                                       .native_stream = settings.alpha > 0};
   RF_ASSIGN_OR_RETURN(const quantize::QuantizePlan plan,
@@ -255,7 +219,10 @@ Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
                       quantize::QuantizeModel(*model.lm, {.ids = calibration.sequences, .weights = {}}, settings, options, context.events));
   quantized.calibration_facts = std::move(facts);
   MeasureErrors(quantized, context);
-  RF_RETURN_IF_ERROR(CheckGates(gptq, quantized.held_out, context));
+  if (quantized.held_out && quantized.held_out->tokens > 0) {
+    ReportHeldOut(*quantized.held_out, context);
+    RF_RETURN_IF_ERROR(CheckGate(gptq.gate, quantized.held_out->Quantized(), "quantized"));
+  }
   RF_RETURN_IF_ERROR(quantize::SaveQuantized(quantized, journal, context.outputs, context.events));
   std::error_code error;
   if (!checkpoints) std::filesystem::remove_all(folder, error);

@@ -4,6 +4,7 @@
 
 #include "worker/task/calibration.h"
 #include "worker/task/models.h"
+#include "worker/task/quality_gate.h"
 #include "worker/task/quantize/quantized_artifact.h"
 #include "worker/task/tasks.h"
 
@@ -30,11 +31,26 @@ void Report(const recover::RecoverResult& result, TaskContext& context) {
                                                       "; ended after step ", result.steps));
 }
 
+// What is delivered, beside its source, on the same held-out text as quantization was measured on.
+Status Gate(const GateSpec& gate, const model::CausalLm& source, const ResolvedModel& student, const quantize::QuantizedModel& recovered,
+            const quantize::TokenSequences& held_out, TaskContext& context) {
+  if (held_out.ids.empty()) return absl::OkStatus();
+  RF_ASSIGN_OR_RETURN(const std::shared_ptr<model::CausalLm> delivered, LoadMerged(context, student));
+  RF_RETURN_IF_ERROR(quantize::ApplyQuantized(*delivered, recovered));
+  const quantize::Fidelity figures = quantize::MeasureFidelity(source, *delivered, held_out);
+  const auto count = static_cast<uint64_t>(figures.tokens);
+  context.events.Measure({.name = "source_perplexity", .value = figures.source_perplexity, .count = count});
+  context.events.Measure({.name = "recovered_perplexity", .value = figures.perplexity, .count = count});
+  context.events.Measure({.name = "recovered_kl", .value = figures.kl, .count = count, .unit = "nats"});
+  return CheckGate(gate, figures, "recovered");
+}
+
 }  // namespace
 
 Status Recover(const RecoverSpec& spec, TaskContext& context) {
   RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));
   RF_ASSIGN_OR_RETURN(auto tokenizer, tokenizer::Tokenizer::Load(student.folder->path()));
+  RF_ASSIGN_OR_RETURN(const quantize::TokenSequences held_out, HeldOutText(spec.gate, *tokenizer, context));
   RF_ASSIGN_OR_RETURN(std::filesystem::path folder, context.Input("quantized"));
   RF_ASSIGN_OR_RETURN(quantize::QuantizedModel quantized, quantize::LoadQuantized(folder));
   RF_ASSIGN_OR_RETURN(std::shared_ptr<model::CausalLm> source, LoadMerged(context, student));
@@ -54,6 +70,7 @@ Status Recover(const RecoverSpec& spec, TaskContext& context) {
                       recover::Recover(inputs, settings, {.folder = context.checkpoints, .resume = context.resume},
                                        context.events, &quantized));
   Report(result, context);
+  RF_RETURN_IF_ERROR(Gate(spec.gate, *source, student, quantized, held_out, context));
   return quantize::SaveQuantized(quantized, context.outputs);
 }
 

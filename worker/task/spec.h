@@ -14,6 +14,14 @@
 
 namespace refinery::task {
 
+// What the delivered model may lose, and the text that says how much it lost.
+struct GateSpec {
+  double max_kl = 0;              // nats; 0 = no gate
+  double max_ppl_ratio = 0;       // 0 = no gate
+  int64_t held_out_tokens = 0;    // 0 = not measured
+  int64_t sequence_length = 0;    // longer examples are cut
+};
+
 struct GptqSpec {
   int64_t bits = 0;
   int64_t group_size = 0;
@@ -25,9 +33,7 @@ struct GptqSpec {
   double alpha = 0;
   double bits_budget = 0;         // bits per weight; 0 = none
   int64_t bytes_budget = 0;
-  double max_kl = 0;              // 0 = no gate
-  double max_ppl_ratio = 0;
-  int64_t held_out_tokens = 0;    // 0 = not measured
+  GateSpec gate;
   int64_t memory_mib = 0;         // 0 = no bound
   double general_share = 0;
   double duplicate_threshold = 0;  // 0 = the default
@@ -103,6 +109,7 @@ struct QuantizeSpec {
 };
 
 struct RecoverSpec {
+  GateSpec gate;
   int64_t steps = 0;
   int64_t tokens_per_step = 0;
   double learning_rate = 0;

@@ -17,9 +17,10 @@ GptqSpec ToSpec(const v1::Gptq& p) {
           .alpha = p.alpha(),
           .bits_budget = p.bits_budget(),
           .bytes_budget = static_cast<int64_t>(p.bytes_budget()),
-          .max_kl = p.max_kl(),
-          .max_ppl_ratio = p.max_ppl_ratio(),
-          .held_out_tokens = p.held_out_tokens(),
+          .gate = {.max_kl = p.max_kl(),
+                   .max_ppl_ratio = p.max_ppl_ratio(),
+                   .held_out_tokens = p.held_out_tokens(),
+                   .sequence_length = p.sequence_length()},
           .memory_mib = p.memory_mib(),
           .general_share = p.calibration().general_share(),
           .duplicate_threshold = p.calibration().duplicate_threshold(),
@@ -71,7 +72,12 @@ TrainSpec ToSpec(const v1::TrainParams& p) {
 
 RecoverSpec ToSpec(const v1::RecoverParams& p) {
   const v1::Recover& s = p.settings();
-  return {.steps = s.steps(),
+  const v1::QualityGate& gate = p.gate();
+  return {.gate = {.max_kl = gate.max_kl(),
+                   .max_ppl_ratio = gate.max_ppl_ratio(),
+                   .held_out_tokens = gate.held_out_tokens(),
+                   .sequence_length = gate.sequence_length()},
+          .steps = s.steps(),
           .tokens_per_step = s.tokens_per_step(),
           .learning_rate = s.learning_rate(),
           .layer_weight = s.layer_weight(),

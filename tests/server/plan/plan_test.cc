@@ -200,9 +200,10 @@ TEST(PlanTest, InputsOfEachStage) {
                           "merged = task merge/best"));
 }
 
-// Goal: general text reaches both quantizations as an input, and only the delivered one has gates.
+// Goal: general text reaches both quantizations as an input, and only the delivered model has gates.
 TEST(PlanTest, CalibrationTextIsAnInputAndGatesAreTheDeliveredModels) {
   v1::Recipe recipe = SmallRecipe();
+  recipe.mutable_quantize()->mutable_recover()->set_enabled(false);
   v1::Gptq* gptq = recipe.mutable_quantize()->mutable_gptq();
   gptq->set_max_kl(0.25);
   gptq->set_max_ppl_ratio(1.5);
@@ -221,6 +222,24 @@ TEST(PlanTest, CalibrationTextIsAnInputAndGatesAreTheDeliveredModels) {
   EXPECT_EQ(refined.spec.quantize().gptq().calibration().general(), "");  // a path of the user's machine changes no task
   EXPECT_EQ(refined.spec.quantize().gptq().calibration().general_share(), 0.25);
   EXPECT_THAT(refined.summary, HasSubstr("3.5 bits a weight on average"));
+}
+
+// Goal: what recovery can still mend stops no job; the gates move on to the recovered model.
+TEST(PlanTest, WithRecoveryTheGatesAreTheRecoveredModels) {
+  v1::Recipe recipe = SmallRecipe();
+  v1::Gptq* gptq = recipe.mutable_quantize()->mutable_gptq();
+  gptq->set_max_kl(0.25);
+  gptq->set_max_ppl_ratio(1.5);
+  gptq->set_held_out_tokens(512);
+  gptq->set_sequence_length(128);
+  const Plan plan = MustPlan(recipe);
+  EXPECT_EQ(plan.Find("quantize/refined")->spec.quantize().gptq().max_kl(), 0);
+  EXPECT_EQ(plan.Find("quantize/refined")->spec.quantize().gptq().max_ppl_ratio(), 0);
+  const v1::QualityGate& gate = plan.Find("recover/refined")->spec.recover().gate();
+  EXPECT_EQ(gate.max_kl(), 0.25);
+  EXPECT_EQ(gate.max_ppl_ratio(), 1.5);
+  EXPECT_EQ(gate.held_out_tokens(), 512u);
+  EXPECT_EQ(gate.sequence_length(), 128u);
 }
 
 // Goal: what is delivered is recovered unless the recipe says no.

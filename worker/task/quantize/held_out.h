@@ -4,6 +4,8 @@
 // rounded model, and the KL divergence of the last two from the source. Measured beside the quantization, layer by layer, so that
 // a model larger than memory is measured too.
 //
+// Of models that are in memory whole, MeasureFidelity.
+//
 // Definitions, over all positions that predict a token of the same sequence:
 //   perplexity  exp(mean negative log-likelihood of the next token)
 //   KL          mean over positions of sum_v p_source(v) (log p_source(v) - log p(v)), in nats
@@ -22,11 +24,24 @@
 
 namespace refinery::quantize {
 
+// One model beside its source.
+struct Fidelity {
+  int64_t tokens = 0;  // predicted
+  double source_perplexity = 0, perplexity = 0, kl = 0;
+  double ratio() const { return perplexity / source_perplexity; }  // of the perplexities
+};
+
 struct HeldOutFigures {
   int64_t tokens = 0;  // predicted
   double source_perplexity = 0, quantized_perplexity = 0, rounded_perplexity = 0;
   double quantized_kl = 0, rounded_kl = 0;
+  Fidelity Quantized() const {
+    return {.tokens = tokens, .source_perplexity = source_perplexity, .perplexity = quantized_perplexity, .kl = quantized_kl};
+  }
 };
+
+// Sequences of fewer than two tokens are passed over.
+Fidelity MeasureFidelity(const model::CausalLm& source, const model::CausalLm& model, const TokenSequences& sequences);
 
 class HeldOut {
  public:

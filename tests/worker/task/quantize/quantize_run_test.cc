@@ -281,6 +281,11 @@ TEST_F(QuantizeRunTest, HeldOutFiguresAreThoseOfTheDefinition) {
   EXPECT_NEAR(f.quantized_kl, kl[1] / n, 1e-4 * kl[1] / n);
   EXPECT_NEAR(f.rounded_kl, kl[2] / n, 1e-4 * kl[2] / n);
   EXPECT_GT(f.rounded_kl, f.quantized_kl);
+  const Fidelity whole = MeasureFidelity(*source, *model, held_out);
+  EXPECT_EQ(whole.tokens, count);
+  EXPECT_NEAR(whole.source_perplexity, std::exp(loss[0] / n), 1e-4 * std::exp(loss[0] / n));
+  EXPECT_NEAR(whole.perplexity, std::exp(loss[1] / n), 1e-4 * std::exp(loss[1] / n));
+  EXPECT_NEAR(whole.kl, kl[1] / n, 1e-4 * kl[1] / n);
 }
 
 // Goal: GPTAQ's matrix is that of its definition.  Method: with alpha 1 and calibration inputs that differ (a model whose first layers

@@ -83,13 +83,13 @@ void FillRest(v1::Recipe* recipe) {
   mix->set_duplicate_threshold(Or(mix->duplicate_threshold(), 0.8));
   v1::Recover* recover = recipe->mutable_quantize()->mutable_recover();
   if (!recover->has_enabled()) recover->set_enabled(true);
-  recover->set_steps(Or(recover->steps(), 130));
+  recover->set_steps(Or(recover->steps(), 120));
   recover->set_tokens_per_step(Or(recover->tokens_per_step(), 512));
   recover->set_learning_rate(Or(recover->learning_rate(), gptq->bits() < 4 ? 0.004 : 0.0025));
   recover->set_sequence_length(Or(recover->sequence_length(), 512));
   if (!recover->has_patience()) recover->set_patience(2);
   if (!recover->has_layer_weight()) recover->set_layer_weight(40);
-  recover->set_evaluate_every(Or(recover->evaluate_every(), 45));
+  recover->set_evaluate_every(Or(recover->evaluate_every(), 60));
   recover->set_checkpoint_every(Or(recover->checkpoint_every(), 25));
   v1::Evaluate* evaluate = recipe->mutable_evaluate();
   evaluate->set_latency_tokens(Or(evaluate->latency_tokens(), 32));

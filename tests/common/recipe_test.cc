@@ -87,13 +87,13 @@ TEST(RecipeTest, FillsTheDocumentedDefaults) {
   EXPECT_EQ(r.quantize().gptq().calibration().general_share(), 0);
   EXPECT_EQ(r.quantize().gptq().calibration().duplicate_threshold(), 0.8);
   EXPECT_TRUE(r.quantize().recover().enabled());
-  EXPECT_EQ(r.quantize().recover().steps(), 130u);
+  EXPECT_EQ(r.quantize().recover().steps(), 120u);
   EXPECT_EQ(r.quantize().recover().tokens_per_step(), 512u);
   EXPECT_EQ(r.quantize().recover().learning_rate(), 0.0025);
   EXPECT_EQ(r.quantize().recover().sequence_length(), 512u);
   EXPECT_EQ(r.quantize().recover().patience(), 2u);
   EXPECT_EQ(r.quantize().recover().layer_weight(), 40);
-  EXPECT_EQ(r.quantize().recover().evaluate_every(), 45u);
+  EXPECT_EQ(r.quantize().recover().evaluate_every(), 60u);
   EXPECT_EQ(r.quantize().recover().checkpoint_every(), 25u);
   ASSERT_EQ(r.export_().formats_size(), 1);
   EXPECT_EQ(r.export_().formats(0), "gptq");

@@ -31,7 +31,7 @@
 namespace refinery::recover {
 
 struct RecoverSettings {
-  int64_t steps = 130;                // optimizer steps at most
+  int64_t steps = 120;                // optimizer steps at most
   int64_t tokens_per_step = 512;      // whole sequences
   double learning_rate = 2.5e-3;      // peak; fewer bits take more: 4e-3 below 4. Of the scales' relative change
   double norm_learning_rate = 2.5e-3; // of the norms'; 0 = the norms stay
@@ -40,7 +40,7 @@ struct RecoverSettings {
   double weight_decay = 0;            // pulls changes back to 0
   double clip_norm = 0;               // of all gradients together; 0 = none
   double layer_weight = 40;           // of the distance of the layers' outputs beside the KL; 0 = the KL alone
-  int64_t evaluate_every = 45;        // steps between two measurements of the held-out KL
+  int64_t evaluate_every = 60;        // steps between two measurements of the held-out KL
   int64_t patience = 2;               // measurements without a new best before the run ends; 0 = never
   int64_t checkpoint_every = 0;       // steps; 0 = none
 };

@@ -192,16 +192,16 @@ Status SaveQuantized(const QuantizedModel& quantized, Journal& journal, const st
   return WriteArtifact(quantized, shapes, read, folder);
 }
 
-StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& file, const std::string& module, int64_t bits,
-                                           int64_t group_size) {
+StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& file, const std::string& module,
+                                           const PackedLayout& layout) {
   PackedGptq packed;
   RF_ASSIGN_OR_RETURN(packed.qweight, file.Get(module + ".qweight"));
   RF_ASSIGN_OR_RETURN(packed.qzeros, file.Get(module + ".qzeros"));
   RF_ASSIGN_OR_RETURN(packed.scales, file.Get(module + ".scales"));
   RF_ASSIGN_OR_RETURN(packed.g_idx, file.Get(module + ".g_idx"));
-  const std::string problem = PackedProblem(packed, bits, group_size);
+  const std::string problem = PackedProblem(packed, layout);
   if (!problem.empty()) return DataLoss(module, ": ", problem);
-  return UnpackGptqV1(packed, bits, group_size);
+  return UnpackGptq(packed, layout);
 }
 
 StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder) {
@@ -211,8 +211,13 @@ StatusOr<QuantizedModel> LoadQuantized(const std::filesystem::path& folder) {
   RF_RETURN_IF_ERROR(ParseFacts(folder / kFactsFile, text, &quantized, &shapes));
   RF_ASSIGN_OR_RETURN(const auto file, checkpoint::SafetensorsFile::Open(folder / kTensorFile));
   for (const auto& [module, report] : quantized.reports) {
+    const ModuleShape& shape = shapes.at(module);
     StatusOr<QuantizedLinear> linear =
-        ReadPackedLinear(*file, module, shapes.at(module).bits, shapes.at(module).group_size);
+        ReadPackedLinear(*file, module,
+                         {.bits = shape.bits,
+                          .group_size = shape.group_size,
+                          .symmetric = quantized.settings.grid != Grid::kAsymmetric,
+                          .natural_groups = quantized.settings.order != ColumnOrderKind::kClassic});
     if (!linear.ok()) {
       return DataLoss((folder / kTensorFile).string(), ": ", Message(linear.status()), "; fetch the artifact again");
     }
@@ -280,8 +285,10 @@ void PackQuantized(model::CausalLm& model, const QuantizedModel& quantized) {
   for (model::DecoderLayer& layer : model.layers) {
     for (model::Linear* linear : layer.Linears()) {
       const QuantizedLinear& q = quantized.linears.at(linear->name);
-      if (q.group_size % model::PackedWeight::kGroupUnit != 0) continue;
-      linear->packed = model::PackedWeight::FromCodes(q.codes, q.scales, {}, q.bits, q.group_size, arena);
+      if (q.group_size % model::PackedWeight::kGroupUnit != 0 || q.group_index.defined()) continue;
+      const auto middle = static_cast<double>(int64_t{1} << (q.bits - 1));
+      const at::Tensor offsets = q.zeros.defined() ? middle - q.zeros.to(at::kFloat) : at::Tensor();
+      linear->packed = model::PackedWeight::FromCodes(q.codes, q.scales, offsets, q.bits, q.group_size, arena);
       linear->weight.reset();
     }
   }

@@ -55,8 +55,8 @@ Status ApplyQuantized(model::CausalLm& model, const QuantizedModel& quantized);
 void PackQuantized(model::CausalLm& model, const QuantizedModel& quantized);
 
 // The four tensors of one module in any GPTQ v1 file, checked and unpacked.
-StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& file, const std::string& module, int64_t bits,
-                                           int64_t group_size);
+StatusOr<QuantizedLinear> ReadPackedLinear(const checkpoint::SafetensorsFile& file, const std::string& module,
+                                           const PackedLayout& layout);
 
 // SHA-256 of the sequences: for each its length and its ids, int64 little-endian.
 std::string CalibrationDigest(const std::vector<std::vector<int32_t>>& sequences);

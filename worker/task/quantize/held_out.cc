@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "worker/task/quantize/prepared_hessian.h"
+
 namespace refinery::quantize {
 namespace {
 
@@ -84,6 +86,7 @@ void HeldOut::BeforeLayer(const model::DecoderLayer& layer, const GptqSettings& 
   for (model::Linear* linear : rounded.Linears()) {
     GptqSettings own = settings;
     own.bits = bits_of(linear->name);
+    CheckFinite(linear->name, "weight", linear->weight);
     linear->weight.copy_(RoundToNearest(linear->weight, own).Dequantize());
   }
   rounded_.ForwardLayer(rounded);

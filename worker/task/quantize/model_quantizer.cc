@@ -35,11 +35,15 @@ class Run {
 
   Status Quantize(const TokenSequences& calibration) {
     start_ = last_published_ = Now();
+    // What no Hessian sees, or only the rows that calibration names.
+    CheckFinite("model.embed_tokens", "weight", model_.embed_tokens);
+    if (!model_.lm_head.is_same(model_.embed_tokens)) CheckFinite("lm_head", "weight", model_.lm_head);
+    CheckFinite("model.norm", "weight", model_.final_norm.unsqueeze(0));
     Activations activations(model_, calibration, options_.keep_inputs);
     result_->calibration_tokens = activations.counted();
     TORCH_CHECK(result_->calibration_tokens > 0, "GPTQ needs at least one calibration token");
     activations_ = &activations;
-    if (settings_.alpha > 0) native_.emplace(model_, calibration, /*keep_inputs=*/true);
+    if (settings_.alpha > 0) native_.emplace(model_, calibration, options_.keep_inputs);
     std::optional<HeldOut> held_out;
     if (options_.held_out != nullptr) held_out.emplace(model_, *options_.held_out);
     for (int64_t i = 0; i < Layers(); ++i) {
@@ -93,6 +97,7 @@ class Run {
       if (solve) hessian->Add(Activations::Counted(chunk, chunk.input));
       if (cross.defined()) AddCross(native_->chunks()[c], chunk, cross);
       if (stage == Stage::kDown) activations_->Release(chunk);
+      if (stage == Stage::kDown && native_) native_->Release(native_->chunks()[c]);
       result_->times.forward_seconds += middle - begin;
       result_->times.hessian_seconds += Now() - middle;
     }

@@ -89,8 +89,8 @@ std::string RaggedGroupsNote(const model::ModelConfig& config, int64_t group_siz
   for (const ModuleSize& s : sizes) {
     if (group_size <= 0 || s.in % group_size == 0) continue;
     return Join("group_size ", group_size, " does not divide the input size ", s.in, " of model.layers.*.", s.name,
-                ": the last group of each row is shorter. GPTQModel (and transformers through it) loads that; vLLM, "
-                "compressed-tensors and the exact forms of GGUF do not. These divide: ",
+                ": the last group of each row is shorter. GPTQModel itself loads that, and GGUF holds it; transformers, vLLM "
+                "and compressed-tensors do not load it. These divide: ",
                 DividingGroupSizes(sizes));
   }
   return "";
@@ -112,7 +112,8 @@ MemoryEstimate EstimateMemory(const model::ModelConfig& c, const PlanRequest& re
   const int64_t attention = chunk * (kElement * 3 * (query + 2 * key) + 4 * 4 * c.head_dim);
   int64_t solver = 0;
   for (const ModuleSize& s : ModuleSizes(c)) {
-    const int64_t hessian = s.in * s.in * (s.in <= kFloat64Columns ? 4 * 4 + 8 * 5 : 4 * 4 + 4 * 5);
+    const int64_t cross = request.native_stream ? s.in * s.in * 4 * 3 : 0;  // summed, scaled, and times the inverse
+    const int64_t hessian = s.in * s.in * (s.in <= kFloat64Columns ? 4 * 4 + 8 * 5 : 4 * 4 + 4 * 5) + cross;
     solver = std::max(solver, hessian + s.in * s.out * 4 * 6);
   }
   const int64_t logits = request.held_out_tokens > 0 ? 4 * 5 * std::min(kLogitRows, request.held_out_tokens) * c.vocab_size : 0;

@@ -87,7 +87,7 @@ void FillRest(v1::Recipe* recipe) {
   recover->set_tokens_per_step(Or(recover->tokens_per_step(), 512));
   recover->set_learning_rate(Or(recover->learning_rate(), gptq->bits() < 4 ? 0.004 : 0.0025));
   recover->set_sequence_length(Or(recover->sequence_length(), 512));
-  if (!recover->has_patience()) recover->set_patience(2);
+  if (!recover->has_patience()) recover->set_patience(1);
   if (!recover->has_layer_weight()) recover->set_layer_weight(40);
   recover->set_evaluate_every(Or(recover->evaluate_every(), 60));
   recover->set_checkpoint_every(Or(recover->checkpoint_every(), 25));

@@ -91,7 +91,7 @@ TEST(RecipeTest, FillsTheDocumentedDefaults) {
   EXPECT_EQ(r.quantize().recover().tokens_per_step(), 512u);
   EXPECT_EQ(r.quantize().recover().learning_rate(), 0.0025);
   EXPECT_EQ(r.quantize().recover().sequence_length(), 512u);
-  EXPECT_EQ(r.quantize().recover().patience(), 2u);
+  EXPECT_EQ(r.quantize().recover().patience(), 1u);
   EXPECT_EQ(r.quantize().recover().layer_weight(), 40);
   EXPECT_EQ(r.quantize().recover().evaluate_every(), 60u);
   EXPECT_EQ(r.quantize().recover().checkpoint_every(), 25u);

@@ -2,6 +2,8 @@
 
 #include "worker/task/runtime/torch.h"
 
+#include <algorithm>
+
 #include "worker/task/calibration.h"
 #include "worker/task/models.h"
 #include "worker/task/quality_gate.h"
@@ -55,9 +57,15 @@ Status Recover(const RecoverSpec& spec, TaskContext& context) {
   RF_ASSIGN_OR_RETURN(quantize::QuantizedModel quantized, quantize::LoadQuantized(folder));
   RF_ASSIGN_OR_RETURN(std::shared_ptr<model::CausalLm> source, LoadMerged(context, student));
 
+  const int64_t longest = source->config().max_position;
+  const int64_t length = longest > 0 ? std::min(spec.sequence_length, longest) : spec.sequence_length;
+  if (length < spec.sequence_length) {
+    context.events.Note("recover_sequence_length", Join("recovery packs sequences of ", length, " tokens, all that the model takes, not of ",
+                                                        spec.sequence_length));
+  }
   recover::RecoverInputs inputs{.source = source.get(), .seed = context.seed};
-  RF_ASSIGN_OR_RETURN(inputs.train, Sequences(context, "train.jsonl", *tokenizer, spec.steps * spec.tokens_per_step, spec.sequence_length));
-  RF_ASSIGN_OR_RETURN(inputs.held_out, Sequences(context, "validation.jsonl", *tokenizer, kHeldOutTokens, spec.sequence_length));
+  RF_ASSIGN_OR_RETURN(inputs.train, Sequences(context, "train.jsonl", *tokenizer, spec.steps * spec.tokens_per_step, length));
+  RF_ASSIGN_OR_RETURN(inputs.held_out, Sequences(context, "validation.jsonl", *tokenizer, kHeldOutTokens, length));
   const recover::RecoverSettings settings{.steps = spec.steps,
                                           .tokens_per_step = spec.tokens_per_step,
                                           .learning_rate = spec.learning_rate,

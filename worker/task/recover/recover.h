@@ -41,7 +41,7 @@ struct RecoverSettings {
   double clip_norm = 0;               // of all gradients together; 0 = none
   double layer_weight = 40;           // of the distance of the layers' outputs beside the KL; 0 = the KL alone
   int64_t evaluate_every = 60;        // steps between two measurements of the held-out KL
-  int64_t patience = 2;               // measurements without a new best before the run ends; 0 = never
+  int64_t patience = 1;               // measurements without a new best before the run ends; 0 = never
   int64_t checkpoint_every = 0;       // steps; 0 = none
 };
 

@@ -16,7 +16,7 @@
 namespace refinery::task {
 
 // Examples of the held-out split, of about gate.held_out_tokens together; none where there are none or they are not wanted.
-// FAILED_PRECONDITION where there are none and the gate has a bound: said before any work is done.
+// FAILED_PRECONDITION where there are none and the gate has a bound: a task asks before its work.
 StatusOr<quantize::TokenSequences> HeldOutText(const GateSpec& gate, const tokenizer::Tokenizer& tokenizer, const TaskContext& context);
 
 // FAILED_PRECONDITION when `figures` of the model, called `what` ("quantized"), are above a bound.

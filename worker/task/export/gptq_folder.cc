@@ -60,6 +60,13 @@ nlohmann::json QuantizationConfig(const quantize::QuantizedModel& quantized, For
   nlohmann::json quantizer = {Join("refinery:", REFINERY_VERSION)};
   // Old v1 files with zero points were off by one; gptqmodel takes this entry as word that these are not.
   if (!found.symmetric && format == Format::kGptq) quantizer.push_back("gptqmodel:0.9.0");
+  nlohmann::json meta = {{"quantizer", quantizer},
+                         {"act_group_aware", s.order == quantize::ColumnOrderKind::kGroups},
+                         {"calibration_digest", quantized.calibration_digest},
+                         {"calibration_tokens", quantized.calibration_tokens}};
+  // Seeds, shares and digests: all that is needed to make the same codes and scales again.
+  if (quantized.calibration_facts.is_object() && !quantized.calibration_facts.empty()) meta["calibration"] = quantized.calibration_facts;
+  if (quantized.recovery.is_object()) meta["recovery"] = quantized.recovery;
   nlohmann::json config = {{"quant_method", "gptq"},
                            {"checkpoint_format", FormatName(format)},
                            {"bits", s.bits},
@@ -70,11 +77,7 @@ nlohmann::json QuantizationConfig(const quantize::QuantizedModel& quantized, For
                            {"true_sequential", true},
                            {"damp_percent", damp},
                            {"pack_dtype", "int32"},
-                           {"meta",
-                            {{"quantizer", quantizer},
-                             {"act_group_aware", s.order == quantize::ColumnOrderKind::kGroups},
-                             {"calibration_digest", quantized.calibration_digest},
-                             {"calibration_tokens", quantized.calibration_tokens}}}};
+                           {"meta", std::move(meta)}};
   if (nlohmann::json dynamic = DynamicOverrides(quantized); !dynamic.empty()) config["dynamic"] = std::move(dynamic);
   return config;
 }

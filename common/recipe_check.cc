@@ -260,18 +260,13 @@ Status CheckExport(const v1::Export& written, const v1::Gptq& gptq) {
     const std::string field = Join("export.formats[", i, "]"), &format = written.formats(i);
     RF_RETURN_IF_ERROR(OneOf(field, format, {"gptq", "gptq_v2", "compressed_tensors", "gguf"}));
     if (!seen.insert(format).second) return InvalidArgument(field, " is '", format, "' again; name each once");
-    if (format != "compressed_tensors" && format != "gguf") continue;
-    // Single layers of 2 and 3 bits can stand as 4.
+    if (format != "compressed_tensors") continue;
+    // GGUF holds everything, some of it as 16-bit weights; of compressed-tensors single layers of 2 and 3 bits can stand as 4.
     const bool mixed = gptq.bits_budget() > 0 || gptq.bytes_budget() > 0;
     if (!mixed && gptq.bits() != 4 && gptq.bits() != 8)
       return InvalidArgument(field, " is '", format, "', which holds 4 and 8 bits; quantize.gptq.bits is ", gptq.bits());
     if (gptq.order() == "classic")
       return InvalidArgument(field, " is '", format, "', which holds no permuted columns; quantize.gptq.order is 'classic'");
-    if (format == "gguf" && gptq.grid() == "asymmetric" && (mixed || gptq.bits() == 8))
-      return InvalidArgument(field, " is 'gguf', which has no zero points with 8 bits; quantize.gptq.grid is 'asymmetric'");
-    if (format == "gguf" && gptq.group_size() > 0 && gptq.group_size() % 32 != 0)
-      return InvalidArgument(field, " is 'gguf', whose blocks hold 32 weights; quantize.gptq.group_size is ", gptq.group_size(),
-                             "; take 32, or leave gguf out");
   }
   for (const auto& [field, value] : {std::pair{"export.gguf.embeddings", written.gguf().embeddings()},
                                      std::pair{"export.gguf.head", written.gguf().head()}})

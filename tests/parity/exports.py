@@ -56,8 +56,8 @@ MORE_CASES = [
     ("SmolLM2-135M", ["--bits", "4", "--group-size", "-1", "--grid", "symmetric", "--q8-embeddings"], ("compressed_tensors", "gguf")),
     ("SmolLM2-135M", ["--bits", "4", "--group-size", "64", "--mixed", "8"], ALL),
     ("SmolLM2-135M", ["--bits", "4", "--group-size", "64", "--mixed", "3"], ALL),
-    ("SmolLM2-135M", ["--bits", "3", "--group-size", "64"], ("gptq",)),
-    ("SmolLM2-135M", ["--bits", "2", "--group-size", "32"], ("gptq",)),
+    ("SmolLM2-135M", ["--bits", "3", "--group-size", "64"], ("gptq", "gguf")),
+    ("SmolLM2-135M", ["--bits", "2", "--group-size", "32"], ("gptq", "gguf")),
 ]
 rows = []
 

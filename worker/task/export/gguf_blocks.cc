@@ -28,6 +28,17 @@ Form FormOf(uint32_t type) {
 
 }  // namespace
 
+bool HasBlocks(const quantize::QuantizedLinear& linear) {
+  if (linear.group_index.defined() || linear.group_size % kBlock != 0 || linear.codes.size(1) % kBlock != 0) return false;
+  return linear.bits == 4 || (linear.bits == 8 && !linear.zeros.defined());
+}
+
+uint32_t PlainType(const quantize::QuantizedLinear& linear) {
+  constexpr double kLargestHalf = 65504;
+  const double largest = linear.scales.abs().max().item<double>() * static_cast<double>((int64_t{1} << linear.bits) - 1);
+  return largest <= kLargestHalf ? checkpoint::kGgufF16 : checkpoint::kGgufBf16;
+}
+
 uint32_t BlockType(const quantize::QuantizedLinear& linear) {
   TORCH_CHECK(!linear.group_index.defined(), "blocks hold columns in their order");
   TORCH_CHECK(linear.group_size % kBlock == 0 && linear.codes.size(1) % kBlock == 0, "groups must span whole blocks, not ",

@@ -9,7 +9,8 @@
 //
 // Source: ggml/src/ggml-common.h, ggml-quants.c.
 // Shapes: codes [out, in] with in % 32 == 0, rows of blocks [out, in / 32 * bytes of a block] uint8.
-// Errors: c10::Error for layers that are none of the three (a bug: loader_lint.h refuses them).  Threads: functions.
+// A layer that is none of the three (HasBlocks) stands as its weights, scale * (code - zero), in PlainType.
+// Errors: c10::Error for blocks of such a layer (a bug).  Threads: functions.
 
 #pragma once
 
@@ -20,6 +21,12 @@
 #include "worker/task/quantize/gptq.h"
 
 namespace refinery::exporting {
+
+// Whether blocks hold the layer's codes: 4 or 8 bits, columns in their order, groups of whole blocks, no zero points with 8 bits.
+bool HasBlocks(const quantize::QuantizedLinear& linear);
+// ggml's number of the 16-bit type for the weights of a layer without blocks: F16, which rounds a weight by at most 2^-11 of itself,
+// and BF16 where F16 could overflow.
+uint32_t PlainType(const quantize::QuantizedLinear& linear);
 
 // ggml's number of the type that holds such a layer.
 uint32_t BlockType(const quantize::QuantizedLinear& linear);

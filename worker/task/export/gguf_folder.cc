@@ -32,6 +32,7 @@ struct Part {
   GgufNewTensor tensor;
   std::function<StatusOr<at::Tensor>()> make;  // its bytes
   const QuantizedLinear* linear = nullptr;     // of codes
+  bool blocks = false;                         // which stand in it as they are
   std::string module;
   at::Tensor order;                            // row i of the file is row order[i]; undefined: as they are
 };
@@ -91,10 +92,12 @@ class Collector {
 
   void Codes(const std::string& module, const std::string& name, int64_t heads) {
     const QuantizedLinear& linear = quantized_.linears.at(module);
-    Part part{.tensor = {.name = name + ".weight", .type = BlockType(linear), .shape = linear.codes.sizes().vec()},
-              .linear = &linear, .module = module, .order = Order(linear.codes.size(0), heads)};
-    part.make = [&linear, order = part.order]() -> StatusOr<at::Tensor> {
-      const at::Tensor rows = EncodeBlocks(linear);
+    const bool blocks = HasBlocks(linear);
+    Part part{.tensor = {.name = name + ".weight", .type = blocks ? BlockType(linear) : PlainType(linear), .shape = linear.codes.sizes().vec()},
+              .linear = &linear, .blocks = blocks, .module = module, .order = Order(linear.codes.size(0), heads)};
+    const at::ScalarType plain = part.tensor.type == checkpoint::kGgufF16 ? at::kHalf : at::kBFloat16;
+    part.make = [&linear, blocks, plain, order = part.order]() -> StatusOr<at::Tensor> {
+      const at::Tensor rows = blocks ? EncodeBlocks(linear) : linear.Dequantize().to(plain);
       return order.defined() ? rows.index_select(0, order) : rows;
     };
     parts_.push_back(std::move(part));
@@ -166,7 +169,11 @@ uint32_t FileType(const std::vector<Part>& parts) {
   for (const Part& part : parts)
     if (part.linear != nullptr) bytes[part.tensor.type] += part.tensor.bytes();
   const auto most = std::max_element(bytes.begin(), bytes.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
-  return most->first == checkpoint::kGgufQ8_0 ? 7 : most->first;  // Q4_0 is 2 and Q4_1 3 in both enums
+  switch (most->first) {
+    case checkpoint::kGgufQ8_0: return 7;
+    case checkpoint::kGgufBf16: return 32;
+    default: return most->first;  // F16 is 1, Q4_0 2 and Q4_1 3 in both enums
+  }
 }
 
 std::string SizeLabel(const checkpoint::ModelFolder& base) {
@@ -295,7 +302,7 @@ Status VerifyGgufFolder(const checkpoint::ModelFolder& base, const quantize::Qua
     if (found == nullptr || found->type->id != part.tensor.type || found->shape != part.tensor.shape)
       return DataLoss(path, ": the tensor ", part.tensor.name, " does not read back as it was written");
     const at::Tensor rows = RowsOf(*file, *found);
-    if (part.linear != nullptr) {
+    if (part.blocks) {
       RF_RETURN_IF_ERROR(CompareBlocks(path, part, rows));
       continue;
     }

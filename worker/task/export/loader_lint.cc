@@ -40,7 +40,7 @@ std::string FirstOf(std::initializer_list<std::string> problems) {
   return "";
 }
 
-// Formats with 4 and 8 bits hold single layers of 2 and 3 as 4; a whole model of them they do not.
+// compressed-tensors holds single layers of 2 and 3 bits as 4; a whole model of them it does not.
 QuantSettings Widened(QuantSettings s) {
   if (s.mixed.empty()) return s;
   for (int64_t& bits : s.mixed) bits = std::max<int64_t>(bits, 4);
@@ -112,15 +112,25 @@ std::string CompressedMarlinProblem(const model::ModelConfig& c, const QuantSett
   return FirstOf({CompressedTensorsProblem(c, s), MarlinGroupProblem(s)});
 }
 
-std::string GgufProblem(const model::ModelConfig& c, const QuantSettings& settings) {
-  const QuantSettings s = Widened(settings);
+// Why codes do not stand in blocks of GGUF as they are, so that layers stand as 16-bit weights.
+std::string GgufBlockProblem(const QuantSettings& s) {
   const auto wide = [](int64_t bits) { return bits == 8; };
   const std::vector<int64_t> widths = Widths(s);
-  return FirstOf({BitsProblem(s, {4, 8}, "no block type of GGUF holds such codes with a scale a group"),
-                  s.act_order ? "a permuted g_idx has no place in GGUF" : "",
-                  !s.symmetric && std::any_of(widths.begin(), widths.end(), wide) ? "zero points with 8 bits: Q8_0 has none" : "",
-                  s.group_size != -1 && s.group_size % 32 != 0 ? Join("groups of ", s.group_size, ": blocks hold 32 weights") : "",
-                  HeadProblem(c, s), SizeProblem(c, s, 32, 1)});
+  return FirstOf({s.act_order ? "a permuted g_idx" : "",
+                  !s.symmetric && std::any_of(widths.begin(), widths.end(), wide) ? "zero points with 8 bits" : "",
+                  s.group_size != -1 && s.group_size % 32 != 0 ? Join("groups of ", s.group_size) : ""});
+}
+
+std::string GgufRemark(const model::ModelConfig&, const QuantSettings& s) {
+  if (const std::string problem = GgufBlockProblem(s); !problem.empty())
+    return Join(problem, ": no block type holds them; F16 weights instead, four times as large as Q4_0");
+  if (!s.symmetric) return "Q4_1 holds -zero * scale, which is rounded to float16";
+  const std::vector<int64_t> widths = Widths(s);
+  return *std::min_element(widths.begin(), widths.end()) < 4 ? "2 and 3 bits stand as 4, the same weights" : "";
+}
+
+std::string GgufProblem(const model::ModelConfig& c, const QuantSettings& s) {
+  return FirstOf({HeadProblem(c, s), SizeProblem(c, s, 32, 1)});
 }
 
 // Why a model cannot stand in GGUF whatever its settings.
@@ -156,9 +166,6 @@ std::vector<Loader> LoadersOf(Format format) {
   const Rule zeros = [](const auto&, const QuantSettings& s) {
     return std::string(s.symmetric ? "" : "zero points: only where the metadata names a quantizer that it trusts");
   };
-  const Rule minimum = [](const auto&, const QuantSettings& s) {
-    return std::string(s.symmetric ? "" : "Q4_1 holds -zero * scale, which is rounded to float16");
-  };
   switch (format) {
     case Format::kGptq:
       return {{format, "transformers + gptqmodel", TransformersGptqProblem, zeros},
@@ -173,7 +180,7 @@ std::vector<Loader> LoadersOf(Format format) {
       return {{format, "transformers + compressed-tensors", CompressedTensorsProblem, NoRemark},
               {format, "vLLM (Marlin)", CompressedMarlinProblem, MarlinRemark}};
     case Format::kGguf:
-      return {{format, "llama.cpp", GgufWholeProblem, minimum}};
+      return {{format, "llama.cpp", GgufWholeProblem, GgufRemark}};
   }
   return {};
 }

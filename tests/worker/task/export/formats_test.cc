@@ -232,6 +232,47 @@ TEST(GgufFolderTest, DequantizesToTheSameWeights) {
   }
 }
 
+// Goal: what has no blocks stands as its weights; few bits stand as 4.  Method: the definition scale * (code - zero), rounded once.
+TEST(GgufFolderTest, WhatHasNoBlocksStandsAsWeights) {
+  struct Case {
+    const char* name;
+    quantize::GptqSettings settings;
+    int64_t file_type;
+  };
+  for (const Case& c : {Case{"small groups", {.bits = 4, .group_size = 16}, 1},
+                        Case{"zero points with 8 bits", {.bits = 8, .group_size = 32, .grid = quantize::Grid::kAsymmetric}, 1},
+                        Case{"3 bits", {.bits = 3, .group_size = 32}, 2},
+                        Case{"2 bits with zero points", {.bits = 2, .group_size = 32, .grid = quantize::Grid::kAsymmetric}, 3}}) {
+    SCOPED_TRACE(c.name);
+    const Fixture f = MakeFixture("plain", c.settings);
+    const std::filesystem::path folder = FreshFolder("plain");
+    ASSERT_THAT(ExportGgufFolder(*f.base, f.quantized, {.name = "tiny"}, {}, folder), IsOk());
+    const auto file = checkpoint::GgufFile::Open(folder / "model.gguf").value();
+    EXPECT_EQ(file->Int("general.file_type"), c.file_type);
+    at::Tensor wanted = f.quantized.linears.at(kK).Dequantize(), k = file->Dequantize("blk.0.attn_k.weight").value();
+    k = k.view({2, 8, 2, 64}).transpose(1, 2).reshape({32, 64});
+    if (c.file_type == 1) wanted = wanted.to(at::kHalf).to(at::kFloat);
+    if (c.file_type == 3) {
+      EXPECT_TRUE(at::allclose(k, wanted, 0, wanted.abs().max().item<double>() * 1e-3));  // Q4_1's minimum is rounded
+    } else {
+      EXPECT_TRUE(at::equal(k, wanted));
+    }
+  }
+  // A permuted g_idx, and scales beyond float16's range of weights.
+  Fixture f = MakeFixture("plain", {.bits = 4, .group_size = 32});
+  QuantizedLinear& down = f.quantized.linears.at("model.layers.1.mlp.down_proj");
+  down.group_index = at::arange(96, at::kInt).remainder(3).to(at::kInt);
+  f.quantized.linears.at(kK).scales.fill_(60000);
+  f.quantized.linears.at(kK).group_index = at::arange(64, at::kInt).remainder(2).to(at::kInt);
+  const std::filesystem::path folder = FreshFolder("plain");
+  ASSERT_THAT(ExportGgufFolder(*f.base, f.quantized, {.name = "tiny"}, {}, folder), IsOk());
+  const auto file = checkpoint::GgufFile::Open(folder / "model.gguf").value();
+  EXPECT_TRUE(at::equal(file->Dequantize("blk.1.ffn_down.weight").value(), down.Dequantize().to(at::kHalf).to(at::kFloat)));
+  EXPECT_EQ(file->Find("blk.1.ffn_down.weight")->type->id, checkpoint::kGgufF16);
+  EXPECT_EQ(file->Find("blk.0.attn_k.weight")->type->id, checkpoint::kGgufBf16);
+  EXPECT_EQ(file->Find("blk.1.attn_k.weight")->type->id, checkpoint::kGgufQ4_0);
+}
+
 // Goal: llama.cpp finds the tokens, their kinds and the template.  Method: the expected values, written out.
 TEST(GgufFolderTest, HoldsTheTokenizer) {
   const std::filesystem::path folder = FreshFolder("vocabulary");
@@ -256,10 +297,11 @@ TEST(GgufFolderTest, HoldsTheTokenizer) {
 }
 
 TEST(GgufFolderTest, LeavesNothingBehindWhenItRefuses) {
-  const Fixture f = MakeFixture("refused", {.bits = 2, .group_size = 32});
+  Fixture f = MakeFixture("refused", {.bits = 4, .group_size = 32});
+  f.quantized.linears.erase("model.layers.1.mlp.down_proj");
   const std::filesystem::path folder = FreshFolder("refused") / "gguf";
   EXPECT_THAT(ExportGgufFolder(*f.base, f.quantized, {}, {}, folder),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("nearest: 4 bits")));
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("modules")));
   EXPECT_FALSE(std::filesystem::exists(folder));
 }
 

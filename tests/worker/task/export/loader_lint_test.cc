@@ -49,9 +49,12 @@ TEST(LoaderLintTest, WidthsThatAFormatLacks) {
   const auto verdicts = LintLoaders(SmolLm(), {.bits = 3, .group_size = 16}, kAll);
   EXPECT_TRUE(Find(verdicts, Format::kGptq, "transformers + gptqmodel").accepts);
   EXPECT_EQ(Find(verdicts, Format::kGptq, "vLLM (Marlin)").nearest, "4 bits, group size 32");
-  EXPECT_EQ(Find(verdicts, Format::kGguf, "llama.cpp").nearest, "4 bits, group size 32");
+  EXPECT_THAT(Find(verdicts, Format::kGguf, "llama.cpp").why, AllOf(HasSubstr("groups of 16"), HasSubstr("F16")));
+  EXPECT_TRUE(Find(verdicts, Format::kGguf, "llama.cpp").accepts);
+  EXPECT_THAT(Find(LintLoaders(SmolLm(), {.bits = 3}, kAll), Format::kGguf, "llama.cpp").why, HasSubstr("stand as 4"));
   EXPECT_EQ(Find(verdicts, Format::kCompressedTensors, "transformers + compressed-tensors").nearest, "4 bits");
-  EXPECT_THAT(CheckFormat(SmolLm(), {.bits = 3}, Format::kGguf), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("nearest: 4 bits")));
+  EXPECT_THAT(CheckFormat(SmolLm(), {.bits = 3}, Format::kCompressedTensors), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("nearest: 4 bits")));
+  EXPECT_THAT(CheckFormat(SmolLm(), {.bits = 3}, Format::kGguf), IsOk());
   EXPECT_THAT(CheckFormat(SmolLm(), {.bits = 3}, Format::kGptq), IsOk());
 }
 
@@ -66,11 +69,11 @@ TEST(LoaderLintTest, LayersOfSeveralWidths) {
 
 TEST(LoaderLintTest, ZeroPointsOrderAndHead) {
   const auto zeros = LintLoaders(SmolLm(), {.bits = 8, .symmetric = false}, kAll);
-  EXPECT_EQ(Find(zeros, Format::kGguf, "llama.cpp").nearest, "symmetric");
+  EXPECT_THAT(Find(zeros, Format::kGguf, "llama.cpp").why, AllOf(HasSubstr("zero points with 8 bits"), HasSubstr("F16")));
   EXPECT_EQ(Find(zeros, Format::kGptq, "vLLM (Marlin)").nearest, "symmetric");
   EXPECT_TRUE(Find(zeros, Format::kCompressedTensors, "vLLM (Marlin)").accepts);
   const auto order = LintLoaders(SmolLm(), {.act_order = true}, kAll);
-  EXPECT_EQ(Find(order, Format::kGguf, "llama.cpp").nearest, "columns in their order");
+  EXPECT_THAT(Find(order, Format::kGguf, "llama.cpp").why, AllOf(HasSubstr("permuted g_idx"), HasSubstr("F16")));
   EXPECT_THAT(CheckFormat(SmolLm(), {.head = true}, Format::kGptq), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("tied")));
 }
 

@@ -98,6 +98,11 @@ Report MakeReport(const ReportInput& input) {
     document.Heading("Data");
     document.Add(std::move(data));
   }
+  if (Table quantized = QuantizationRows(job); !quantized.rows.empty()) {
+    document.Heading("What quantization costs");
+    document.Paragraph("On held-out examples, beside the model before it; gates are held against the last row of the delivered model.");
+    document.Add(std::move(quantized));
+  }
   if (Table exported = ExportRows(job); !exported.rows.empty()) {
     document.Heading("Exported formats");
     document.Add(std::move(exported));

@@ -125,6 +125,25 @@ Table FailureRows(const v1::Job& job) {
   return table;
 }
 
+Table QuantizationRows(const v1::Job& job) {
+  Table table{.header = {"task", "weights", "held-out tokens", "perplexity", "over the source's", "KL to the source"},
+              .right = {false, false, true, true, true, true}};
+  constexpr std::pair<const char*, const char*> kWeights[] = {{"rounded", "plainly rounded"}, {"quantized", "GPTQ"}, {"recovered", "recovered"}};
+  for (const v1::Task& task : job.tasks()) {
+    if (task.kind() != v1::QUANTIZE && task.kind() != v1::RECOVER) continue;
+    std::map<std::string, const v1::Measurement*> found;
+    for (const v1::Measurement& measurement : task.measurements()) found[measurement.name()] = &measurement;
+    for (const auto& [prefix, name] : kWeights) {
+      const std::string perplexity = Join(prefix, "_perplexity"), kl = Join(prefix, "_kl");
+      if (!found.contains("source_perplexity") || !found.contains(perplexity) || !found.contains(kl)) continue;
+      const double value = found[perplexity]->value();
+      table.rows.push_back({task.path(), name, Join(found[kl]->count()), Digits(value, 4), Digits(value / found["source_perplexity"]->value(), 4),
+                            Digits(found[kl]->value(), 4)});
+    }
+  }
+  return table;
+}
+
 Table ExportRows(const v1::Job& job) {
   Table table{.header = {"format", "model", "without embeddings", "linear layers / bfloat16"}, .right = {false, true, true, true}};
   for (const v1::Task& task : job.tasks()) {

@@ -16,6 +16,8 @@ namespace refinery::report {
 Table TrialRows(const v1::Job& job);
 // `summary` is curate's summary.json: an object of counts; empty when it is none.
 Table DataRows(const std::string& summary);
+// Held-out perplexity and KL of the plainly rounded, the quantized and the recovered model. Empty where nothing was held out.
+Table QuantizationRows(const v1::Job& job);
 // Bytes of each exported format, with and without embeddings, and of its linear layers beside bfloat16. Empty before the export.
 Table ExportRows(const v1::Job& job);
 // Equal notes are one row with their count.

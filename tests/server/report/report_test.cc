@@ -137,6 +137,31 @@ TEST(ReportTest, AnEmptyJobStillHasAReport) {
   EXPECT_THAT(report.html, HasSubstr("nothing fell back"));
 }
 
+// Goal: plain rounding, GPTQ and recovery stand beside one another, in the tasks' order.
+TEST(SectionsTest, QuantizationIsShownBesidePlainRounding) {
+  v1::Job job;
+  EXPECT_TRUE(QuantizationRows(job).rows.empty());
+  const auto add = [&](v1::TaskKind kind, const std::string& path, std::initializer_list<std::pair<const char*, double>> figures) {
+    v1::Task* task = job.add_tasks();
+    task->set_kind(kind);
+    task->set_path(path);
+    for (const auto& [name, value] : figures) {
+      v1::Measurement* measurement = task->add_measurements();
+      measurement->set_name(name);
+      measurement->set_value(value);
+      measurement->set_count(2048);
+    }
+  };
+  add(v1::QUANTIZE, "quantize/refined",
+      {{"source_perplexity", 8}, {"quantized_perplexity", 10}, {"rounded_perplexity", 16}, {"quantized_kl", 0.25}, {"rounded_kl", 0.75}});
+  add(v1::RECOVER, "recover/refined", {{"source_perplexity", 8}, {"recovered_perplexity", 9}, {"recovered_kl", 0.125}});
+  add(v1::QUANTIZE, "quantize/student", {{"relative_error", 0.01}});  // nothing was held out
+  EXPECT_THAT(QuantizationRows(job).rows,
+              ElementsAre(ElementsAre("quantize/refined", "plainly rounded", "2048", "16.00", "2.000", "0.7500"),
+                          ElementsAre("quantize/refined", "GPTQ", "2048", "10.00", "1.250", "0.2500"),
+                          ElementsAre("recover/refined", "recovered", "2048", "9.000", "1.125", "0.1250")));
+}
+
 TEST(SectionsTest, ExportedFormatsShowTheirBytes) {
   v1::Job job;
   EXPECT_TRUE(ExportRows(job).rows.empty());

@@ -195,7 +195,8 @@ class Bench:
             best = min(found, key=found.get)
             what = f"WikiText-2 perplexity, {bits} bit g{group_size} (bf16 {mine['bf16']:.3f})"
             ours = mine["quantized"]
-            self.rows.add(f"{what}: against the default", ours, found["default"], ours / found["default"], "< 1", ours < found["default"])
+            if "default" in found:
+                self.rows.add(f"{what}: against the default", ours, found["default"], ours / found["default"], "< 1", ours < found["default"])
             self.rows.add(f"{what}: against its best ({best})", ours, found[best], ours / found[best], "<= 1", ours <= found[best])
 
     def recover_rows(self):

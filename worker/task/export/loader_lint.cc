@@ -123,7 +123,7 @@ std::string GgufBlockProblem(const QuantSettings& s) {
 
 std::string GgufRemark(const model::ModelConfig&, const QuantSettings& s) {
   if (const std::string problem = GgufBlockProblem(s); !problem.empty())
-    return Join(problem, ": no block type holds them; F16 weights instead, four times as large as Q4_0");
+    return Join(problem, ": no block type holds them; weights of 16 bits (F16) instead");
   if (!s.symmetric) return "Q4_1 holds -zero * scale, which is rounded to float16";
   const std::vector<int64_t> widths = Widths(s);
   return *std::min_element(widths.begin(), widths.end()) < 4 ? "2 and 3 bits stand as 4, the same weights" : "";

@@ -17,6 +17,10 @@ constexpr double kRight = 20;
 constexpr double kTop = 44;
 constexpr double kBottom = 50;
 constexpr double kInset = 12;  // so that markers at the ends do not touch the frame
+constexpr double kLabelGap = 9;      // between a marker and its label
+constexpr double kLabelHeight = 14;
+constexpr double kLetterWidth = 6.6;  // of the 12-pixel font, about
+constexpr double kMarkerSpace = 4;
 constexpr double kLegendRow = 18;
 constexpr double kLegendColumn = 124;
 
@@ -147,11 +151,50 @@ std::string DrawSeries(const Series& series, const Plane& plane) {
              Line(x - 4, high, x + 4, high, series.color, 1.5);
     }
     if (series.markers) svg += Marker(series, x, y);
-    if (point.label.empty()) continue;
-    const bool left = x > (kLeft + kWidth - kRight) / 2;  // towards the middle, so that it does not leave the picture
-    svg += Text(x + (left ? -9 : 9), y - 7, left ? "end" : "start", point.label, " fill=\"#1f2933\"");
   }
   return svg + "</g>\n";
+}
+
+struct Box {
+  double left = 0, top = 0, right = 0, bottom = 0;
+  bool Meets(const Box& other) const {
+    return left < other.right && other.left < right && top < other.bottom && other.top < bottom;
+  }
+};
+
+// The labels of all points, each at the free place nearest to its marker: no two of them and no marker lie under another label. A
+// label without any free place stands where it would stand alone.
+std::string Labels(const Chart& chart, const Plane& plane) {
+  std::vector<Box> taken;
+  for (const Series& series : chart.series) {
+    for (const ChartPoint& point : series.points) {
+      if (!series.markers || !IsDrawable(point)) continue;
+      const double x = plane.X(point.x), y = plane.Y(point.y);
+      taken.push_back({x - kMarkerSpace, y - kMarkerSpace, x + kMarkerSpace, y + kMarkerSpace});
+    }
+  }
+  std::string svg;
+  for (const Series& series : chart.series) {
+    for (const ChartPoint& point : series.points) {
+      if (point.label.empty() || !IsDrawable(point)) continue;
+      const double x = plane.X(point.x), y = plane.Y(point.y), width = kLetterWidth * static_cast<double>(point.label.size());
+      const bool left = x > (kLeft + kWidth - kRight) / 2;  // towards the middle, so that it does not leave the picture
+      const double start = left ? x - kLabelGap - width : x + kLabelGap;
+      const auto at = [&](double row) { return Box{start, y - 18 + row * kLabelHeight, start + width, y - 18 + (row + 1) * kLabelHeight}; };
+      double chosen = 0;
+      for (const double row : {0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5}) {
+        const Box box = at(row);
+        if (box.top < plane.top() - kLabelHeight || box.bottom > plane.bottom()) continue;
+        if (std::any_of(taken.begin(), taken.end(), [&](const Box& other) { return other.Meets(box); })) continue;
+        chosen = row;
+        break;
+      }
+      taken.push_back(at(chosen));
+      svg += Text(left ? x - kLabelGap : x + kLabelGap, y - 7 + chosen * kLabelHeight, left ? "end" : "start", point.label,
+                  " fill=\"#1f2933\"");
+    }
+  }
+  return svg;
 }
 
 std::string Legend(const Chart& chart, const Plane& plane) {
@@ -210,6 +253,7 @@ std::string ToSvg(const Chart& chart) {
       EscapeHtml(chart.title) + "</title>\n";
   svg += Axes(chart, plane);
   for (const Series& series : chart.series) svg += DrawSeries(series, plane);
+  svg += Labels(chart, plane);
   return svg + Legend(chart, plane) + "</svg>";
 }
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <regex>
@@ -51,6 +52,21 @@ TEST(ChartTest, TextIsEscapedAndLabelled) {
   const std::string svg = ToSvg(chart);
   for (const char* text : {"T &lt;1&gt;", "x &amp; x", "a&lt;b", "&lt;p&gt;"}) EXPECT_THAT(svg, HasSubstr(text));
   EXPECT_THAT(svg, Not(HasSubstr("<p>")));
+}
+
+// Goal: labels of points at one place can be read.  Method: five labels there, at distances that 12-pixel letters need.
+TEST(ChartTest, LabelsDoNotCoverEachOther) {
+  std::vector<ChartPoint> points = {{.x = 0, .y = 0}, {.x = 2, .y = 1}};
+  for (const char* name : {"first", "second", "third", "fourth", "fifth"}) points.push_back({.x = 1.5, .y = 0.5, .label = name});
+  const std::string svg = ToSvg(OneSeries(points));
+  std::vector<double> heights;
+  for (const char* name : {"first", "second", "third", "fourth", "fifth"}) {
+    std::smatch match;
+    ASSERT_TRUE(std::regex_search(svg, match, std::regex("y=\"([0-9.]+)\" text-anchor=\"end\"[^>]*>" + std::string(name) + "<"))) << svg;
+    heights.push_back(std::stod(match[1]));
+  }
+  std::sort(heights.begin(), heights.end());
+  for (size_t i = 1; i < heights.size(); ++i) EXPECT_GE(heights[i] - heights[i - 1], 12) << i;
 }
 
 // Goal: points lie where their values say.  Method: the y of circles is linear in the value, and all lie inside the

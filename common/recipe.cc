@@ -96,6 +96,12 @@ void FillRest(v1::Recipe* recipe) {
   evaluate->set_shards(Or(evaluate->shards(), 1));
   v1::Export* written = recipe->mutable_export_();
   if (written->formats().empty()) written->add_formats("gptq");
+  if ((gptq->bits_budget() != 0 || gptq->bytes_budget() != 0) && gptq->widths().empty()) {
+    // compressed-tensors and GGUF would store 2 and 3 bits as 4 and exceed the budget.
+    const bool all = std::none_of(written->formats().begin(), written->formats().end(),
+                                  [](const std::string& format) { return format == "compressed_tensors" || format == "gguf"; });
+    for (const uint32_t bits : all ? std::vector<uint32_t>{2, 3, 4, 8} : std::vector<uint32_t>{4, 8}) gptq->add_widths(bits);
+  }
   for (v1::Benchmark& benchmark : *evaluate->mutable_benchmarks()) {
     auto known = KnownBenchmarks().find(benchmark.name());
     if (known != KnownBenchmarks().end() && benchmark.split().empty()) benchmark.set_split(known->second);

@@ -231,6 +231,15 @@ Status CheckBudgets(const v1::Gptq& gptq) {
     if (gptq.bytes_budget() != 0)
       return InvalidArgument("quantize.gptq.bytes_budget goes not together with quantize.gptq.bits_budget; give one of them");
   }
+  if (!gptq.widths().empty() && gptq.bits_budget() == 0 && gptq.bytes_budget() == 0)
+    return InvalidArgument("quantize.gptq.widths are for a budget; give quantize.gptq.bits_budget or bytes_budget, or bits instead of widths");
+  for (int i = 0; i < gptq.widths_size(); ++i) {
+    const uint32_t bits = gptq.widths(i);
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
+      return InvalidArgument("quantize.gptq.widths[", i, "] must be 2, 3, 4 or 8, is ", bits);
+    if (i > 0 && bits <= gptq.widths(i - 1))
+      return InvalidArgument("quantize.gptq.widths[", i, "] is ", bits, " after ", gptq.widths(i - 1), "; give each once, ascending");
+  }
   RF_RETURN_IF_ERROR(NotNegative("quantize.gptq.max_kl", gptq.max_kl()));
   if (gptq.max_ppl_ratio() != 0)
     RF_RETURN_IF_ERROR(Require(gptq.max_ppl_ratio() > 1, "quantize.gptq.max_ppl_ratio", "> 1", gptq.max_ppl_ratio()));

@@ -173,8 +173,8 @@ Status Run(const Arguments& arguments) {
   if (arguments.numbers.at("--bits-budget") > 0) {
     quantize::TokenSequences probe{.ids = calibration, .weights = {}};
     probe.ids.resize(std::min<size_t>(probe.ids.size(), 16));
-    RF_ASSIGN_OR_RETURN(const auto groups, quantize::MeasureBits(*model, options.layers, probe, settings, reporter));
-    const int64_t budget = quantize::BudgetBytes(groups, arguments.numbers.at("--bits-budget"));
+    RF_ASSIGN_OR_RETURN(const auto groups, quantize::MeasureBits(*model, options.layers, probe, settings, {2, 3, 4, 8}, reporter));
+    const int64_t budget = quantize::BudgetBytes(groups, {.bits_per_weight = arguments.numbers.at("--bits-budget")});
     RF_ASSIGN_OR_RETURN(const auto chosen, quantize::AllotBits(groups, budget));
     options.bits = quantize::BitsByModule(groups, chosen);
     for (size_t g = 0; g < groups.size(); ++g) {

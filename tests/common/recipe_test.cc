@@ -18,6 +18,7 @@ namespace fs = std::filesystem;
 using refinery::testing::IsOk;
 using refinery::testing::StatusCodeIs;
 using refinery::testing::StatusIs;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
@@ -192,6 +193,9 @@ TEST(RecipeTest, RangesOfDistillation) {
            {"quantize: {gptq: {alpha: 1.5}}", "quantize.gptq.alpha must be from 0 to 1, is 1.5"},
            {"quantize: {gptq: {bits_budget: 1.5}}", "quantize.gptq.bits_budget must be from 2 to 9, is 1.5"},
            {"quantize: {gptq: {bits_budget: 3.5, bytes_budget: 1000}}", "quantize.gptq.bytes_budget goes not together"},
+           {"quantize: {gptq: {widths: [3, 4]}}", "quantize.gptq.widths are for a budget; give quantize.gptq.bits_budget"},
+           {"quantize: {gptq: {bits_budget: 5, widths: [4, 6]}}", "quantize.gptq.widths[1] must be 2, 3, 4 or 8, is 6"},
+           {"quantize: {gptq: {bits_budget: 5, widths: [4, 4]}}", "quantize.gptq.widths[1] is 4 after 4; give each once, ascending"},
            {"quantize: {recover: {learning_rate: 1}}", "quantize.recover.learning_rate must be from 1e-07 to 0.1, is 1"},
            {"quantize: {recover: {layer_weight: -1}}", "quantize.recover.layer_weight must be from 0 to 1e+06, is -1"},
            {"quantize: {recover: {tokens_per_step: 100}}", "quantize.recover.tokens_per_step must be at least sequence_length"},
@@ -282,6 +286,19 @@ TEST(RecipeTest, FormatsOfTheExport) {
   const v1::Recipe mixed = Parsed(std::string(kSmallest) + "export: {formats: [gguf, gptq_v2], gguf: {embeddings: q8_0}}\n"
                                                            "quantize: {gptq: {bits: 3, bits_budget: 4.5}}\n");
   EXPECT_EQ(mixed.export_().formats_size(), 2);
+}
+
+TEST(RecipeTest, WidthsOfABudgetAreThoseThatTheFormatsHold) {
+  const auto widths = [](const std::string& more) {
+    const v1::Gptq gptq = Parsed(std::string(kSmallest) + more).quantize().gptq();
+    return std::vector<int>(gptq.widths().begin(), gptq.widths().end());
+  };
+  EXPECT_THAT(widths(""), ElementsAre());
+  EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5}}\n"), ElementsAre(2, 3, 4, 8));
+  EXPECT_THAT(widths("quantize: {gptq: {bytes_budget: 100000000}}\nexport: {formats: [gptq, gptq_v2]}\n"), ElementsAre(2, 3, 4, 8));
+  EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5}}\nexport: {formats: [gptq, gguf]}\n"), ElementsAre(4, 8));
+  EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5}}\nexport: {formats: [compressed_tensors]}\n"), ElementsAre(4, 8));
+  EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5, widths: [3, 4]}}\nexport: {formats: [gguf]}\n"), ElementsAre(3, 4));
 }
 
 TEST(RecipeTest, NamesAndModels) {

@@ -18,6 +18,26 @@ def need_model():
         sys.exit(SKIPPED)
 
 
+def small_recipe(folder, gptq, more=""):
+    """small.yaml with other settings of GPTQ ("bits_budget: 5,") and further sections, beside the files that it names."""
+    with open(os.path.join(HERE, "small.yaml")) as file:
+        text = file.read()
+    for name in ("seeds.jsonl", "items.jsonl"):
+        text = text.replace(f"file: {name}", f"file: {os.path.join(HERE, name)}")
+    changed = text.replace("gptq: {bits: 4,", f"gptq: {{{gptq} bits: 4,")
+    assert changed != text
+    path = os.path.join(folder, "recipe.yaml")
+    with open(path, "w") as file:
+        file.write(changed + more)
+    return path
+
+
+def run_recipe(binaries, folder, path):
+    """`refinery run`: a coordinator and a worker of its own, state in `folder`."""
+    return subprocess.run([os.path.join(binaries, "refinery"), "run", path, "--state", os.path.join(folder, "state"), "-o", "json"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 class Programs:
     """One coordinator and one worker on `folder`; both can be killed and started again."""
 

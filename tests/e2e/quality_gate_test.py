@@ -6,31 +6,14 @@ passes, then, its other tasks from the cache, with gates that no quantized model
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 
 import programs
 
 
-def recipe(folder, gates):
-    """small.yaml with other settings of GPTQ, beside the files that it names."""
-    with open(os.path.join(programs.HERE, "small.yaml")) as file:
-        text = file.read()
-    for name in ("seeds.jsonl", "items.jsonl"):
-        text = text.replace(f"file: {name}", f"file: {os.path.join(programs.HERE, name)}")
-    changed = text.replace("gptq: {bits: 4,", f"gptq: {{grid: asymmetric, order: classic, {gates}, bits: 4,")
-    assert changed != text
-    path = os.path.join(folder, "recipe.yaml")
-    with open(path, "w") as file:
-        file.write(changed)
-    return path
-
-
 def run(binaries, folder, gates):
-    return subprocess.run([os.path.join(binaries, "refinery"), "run", recipe(folder, gates), "--state", os.path.join(folder, "state"), "-o", "json"],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return programs.run_recipe(binaries, folder, programs.small_recipe(folder, f"grid: asymmetric, order: classic, {gates},"))
 
 
 def main():

@@ -4,7 +4,9 @@
 #include "worker/task/export/loader_lint.h"
 #include "worker/task/model/config.h"
 #include "worker/task/models.h"
+#include "worker/task/quantize/mixed_bits.h"
 #include "worker/task/quantize/model_quantizer.h"
+#include "worker/task/quantize/quantize_plan.h"
 #include "worker/task/tasks.h"
 
 namespace refinery::task {
@@ -16,7 +18,7 @@ Status Lint(const ImportModelSpec& spec, const TaskContext& context, const Resol
   exporting::QuantSettings settings{.bits = spec.gptq.bits, .group_size = spec.gptq.group_size,
                                     .symmetric = spec.gptq.grid != "asymmetric", .act_order = spec.gptq.order == "classic"};
   // Which layer gets which width is not known yet.
-  if (spec.gptq.bits_budget > 0 || spec.gptq.bytes_budget > 0) settings.mixed = {2, 3, 4, 8};
+  if (spec.gptq.HasBudget()) settings.mixed = spec.gptq.widths;
   for (const exporting::Format format : formats) {
     RF_RETURN_IF_ERROR(exporting::CheckFormat(config, settings, format));
     if (format == exporting::Format::kGguf)
@@ -30,12 +32,23 @@ Status Lint(const ImportModelSpec& spec, const TaskContext& context, const Resol
   return absl::OkStatus();
 }
 
+// The bounds of size and memory that quantization could never keep to.
+Status CheckBounds(const GptqSpec& gptq, const model::ModelConfig& config) {
+  if (gptq.HasBudget())
+    RF_RETURN_IF_ERROR(quantize::CheckBudget(config, gptq.group_size, gptq.widths,
+                                             {.bits_per_weight = gptq.bits_budget, .bytes = gptq.bytes_budget}));
+  if (gptq.memory_mib == 0) return absl::OkStatus();
+  const quantize::PlanRequest request{.calibration_tokens = gptq.calibration_tokens, .native_stream = gptq.alpha > 0};
+  return quantize::MakePlan(config, request, gptq.memory_mib << 20, {.forward = 1, .hessian = 1, .factor = 1, .columns = 1}).status();
+}
+
 // What would stop the job later is refused now: settings that do not fit the student, a teacher with another tokenizer.
 Status CheckFits(const ImportModelSpec& spec, const TaskContext& context, const ResolvedModel& imported) {
   RF_ASSIGN_OR_RETURN(model::ModelConfig config, model::ModelConfig::FromJson(imported.folder->config()));
   if (spec.gptq.bits > 0) {
     RF_RETURN_IF_ERROR(quantize::CheckGroupSize(config, spec.gptq.bits, spec.gptq.group_size));
     RF_RETURN_IF_ERROR(Lint(spec, context, imported, config));
+    RF_RETURN_IF_ERROR(CheckBounds(spec.gptq, config));
   }
   if (!context.HasInput("student")) return absl::OkStatus();
   RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));

@@ -83,6 +83,7 @@ StatusOr<nlohmann::json> Fingerprint(const GptqSpec& spec, const quantize::GptqS
                         {"settings", quantize::SettingsToJson(settings)},
                         {"bits_budget", spec.bits_budget},
                         {"bytes_budget", spec.bytes_budget},
+                        {"widths", spec.widths},
                         {"code", Join(REFINERY_VERSION, "/", kCodeVersion)}};
 }
 
@@ -91,7 +92,7 @@ StatusOr<std::map<std::string, int64_t>> AllotModules(const GptqSpec& spec, cons
                                                       const StreamedModel& model, const Calibration& calibration,
                                                       quantize::Journal& journal, TaskContext& context) {
   std::map<std::string, int64_t> bits;
-  if (spec.bits_budget <= 0 && spec.bytes_budget <= 0) return bits;
+  if (!spec.HasBudget()) return bits;
   const nlohmann::json kept = journal.ReadFact(kBitsFact);
   if (kept.is_object()) {
     for (const auto& [module, value] : kept.items()) bits[module] = value.is_number_integer() ? value.get<int64_t>() : 0;
@@ -105,8 +106,8 @@ StatusOr<std::map<std::string, int64_t>> AllotModules(const GptqSpec& spec, cons
     tokens += static_cast<int64_t>(sequence.size());
   }
   RF_ASSIGN_OR_RETURN(const std::vector<quantize::BitsGroup> groups,
-                      quantize::MeasureBits(*model.lm, model.layer, probe, settings, context.events));
-  const int64_t budget = spec.bytes_budget > 0 ? spec.bytes_budget : quantize::BudgetBytes(groups, spec.bits_budget);
+                      quantize::MeasureBits(*model.lm, model.layer, probe, settings, spec.widths, context.events));
+  const int64_t budget = quantize::BudgetBytes(groups, {.bits_per_weight = spec.bits_budget, .bytes = spec.bytes_budget});
   RF_ASSIGN_OR_RETURN(const std::vector<size_t> chosen, quantize::AllotBits(groups, budget));
   bits = quantize::BitsByModule(groups, chosen);
   std::map<int64_t, int64_t> weights;

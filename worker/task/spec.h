@@ -33,6 +33,8 @@ struct GptqSpec {
   double alpha = 0;
   double bits_budget = 0;         // bits per weight; 0 = none
   int64_t bytes_budget = 0;
+  std::vector<int64_t> widths;    // that layers may get under a budget, ascending
+  bool HasBudget() const { return bits_budget > 0 || bytes_budget > 0; }
   GateSpec gate;
   int64_t memory_mib = 0;         // 0 = no bound
   double general_share = 0;

@@ -6,6 +6,12 @@
 namespace refinery::task {
 namespace {
 
+// A job of before the field had all of them.
+std::vector<int64_t> Widths(const v1::Gptq& p) {
+  if (p.widths().empty()) return {2, 3, 4, 8};
+  return {p.widths().begin(), p.widths().end()};
+}
+
 GptqSpec ToSpec(const v1::Gptq& p) {
   return {.bits = p.bits(),
           .group_size = p.group_size(),
@@ -17,6 +23,7 @@ GptqSpec ToSpec(const v1::Gptq& p) {
           .alpha = p.alpha(),
           .bits_budget = p.bits_budget(),
           .bytes_budget = static_cast<int64_t>(p.bytes_budget()),
+          .widths = Widths(p),
           .gate = {.max_kl = p.max_kl(),
                    .max_ppl_ratio = p.max_ppl_ratio(),
                    .held_out_tokens = p.held_out_tokens(),

@@ -8,11 +8,11 @@
 
 #include "worker/task/quantize/hessian.h"
 #include "worker/task/quantize/prepared_hessian.h"
+#include "worker/task/quantize/quantize_plan.h"
 
 namespace refinery::quantize {
 namespace {
 
-constexpr int64_t kWidths[] = {2, 3, 4, 8};
 constexpr int64_t kUnits = 16384;
 
 // tr(E H E^T)
@@ -23,7 +23,8 @@ double Energy(const at::Tensor& difference, const at::Tensor& hessian) {
 // What one layer is, in numbers: the groups of its four stages with relative errors as losses, before these are scaled.
 class LayerProbe {
  public:
-  LayerProbe(const GptqSettings& settings, runtime::Reporter& reporter) : settings_(settings), reporter_(reporter) {}
+  LayerProbe(const GptqSettings& settings, const std::vector<int64_t>& widths, runtime::Reporter& reporter)
+      : settings_(settings), widths_(widths), reporter_(reporter) {}
 
   std::vector<BitsGroup> Measure(model::DecoderLayer& layer, int64_t index, Activations& activations) {
     std::vector<BitsGroup> groups;
@@ -56,8 +57,9 @@ class LayerProbe {
 
   BitsGroup MeasureStage(model::DecoderLayer& layer, int64_t index, Stage stage, const at::Tensor& hessian) {
     BitsGroup group{.name = Join("model.layers.", index, ".", StageName(stage))};
-    double errors[4] = {}, energy = 0;
-    int64_t bytes[4] = {};
+    std::vector<double> errors(widths_.size());
+    std::vector<int64_t> bytes(widths_.size());
+    double energy = 0;
     for (const model::Linear* linear : LinearsOf(layer, stage)) {
       CheckFinite(linear->name, "weight", linear->weight.to(at::kFloat));
       CheckFinite(linear->name, "Hessian of the calibration inputs", hessian);
@@ -65,21 +67,22 @@ class LayerProbe {
       group.modules.push_back(linear->name);
       group.weights += weight.numel();
       energy += Energy(weight, hessian);
-      for (size_t i = 0; i < 4; ++i) {
+      for (size_t i = 0; i < widths_.size(); ++i) {
         GptqSettings own = settings_;
-        own.bits = kWidths[i];
+        own.bits = widths_[i];
         errors[i] += Energy(weight - RoundToNearest(weight, own).Dequantize().to(weight.device()), hessian);
         bytes[i] += ModuleBytes(weight.size(0), weight.size(1), own.bits, own.group_size);
       }
     }
     outputs_[static_cast<size_t>(stage)] = energy;
-    for (size_t i = 0; i < 4; ++i) {
-      group.options.push_back({.bits = kWidths[i], .bytes = bytes[i], .loss = energy > 0 ? errors[i] / energy : 0});
+    for (size_t i = 0; i < widths_.size(); ++i) {
+      group.options.push_back({.bits = widths_[i], .bytes = bytes[i], .loss = energy > 0 ? errors[i] / energy : 0});
     }
     return group;
   }
 
   const GptqSettings& settings_;
+  const std::vector<int64_t>& widths_;
   runtime::Reporter& reporter_;
   double outputs_[4] = {};
 };
@@ -91,10 +94,27 @@ int64_t ModuleBytes(int64_t out, int64_t in, int64_t bits, int64_t group_size) {
   return (out * in * bits + out * groups * (16 + bits)) / 8;
 }
 
-int64_t BudgetBytes(const std::vector<BitsGroup>& groups, double bits_per_weight) {
+int64_t BudgetBytes(const std::vector<BitsGroup>& groups, const SizeBudget& budget) {
+  if (budget.bytes > 0) return budget.bytes;
   double weights = 0;
   for (const BitsGroup& group : groups) weights += static_cast<double>(group.weights);
-  return static_cast<int64_t>(std::floor(weights * bits_per_weight / 8));
+  return static_cast<int64_t>(std::floor(weights * budget.bits_per_weight / 8));
+}
+
+Status CheckBudget(const model::ModelConfig& config, int64_t group_size, const std::vector<int64_t>& widths, const SizeBudget& budget) {
+  int64_t weights = 0, least = 0;
+  for (const ModuleSize& size : ModuleSizes(config)) {
+    weights += size.in * size.out * config.num_layers;
+    least += ModuleBytes(size.out, size.in, widths.front(), group_size) * config.num_layers;
+  }
+  const double least_bits = 8 * static_cast<double>(least) / static_cast<double>(weights);
+  const std::string narrowest = Join(widths.front(), " bits, the narrowest of quantize.gptq.widths, take ", least, " bytes in all linear layers");
+  if (budget.bytes > 0 && budget.bytes < least)
+    return InvalidArgument("quantize.gptq.bytes_budget is ", budget.bytes, ", but ", narrowest);
+  if (budget.bytes == 0 && budget.bits_per_weight < least_bits)
+    return InvalidArgument("quantize.gptq.bits_budget is ", budget.bits_per_weight, ", but ", narrowest, ", ",
+                           std::ceil(least_bits * 1000) / 1000, " bits a weight with scales and zero points");
+  return absl::OkStatus();
 }
 
 StatusOr<std::vector<size_t>> AllotBits(const std::vector<BitsGroup>& groups, int64_t budget_bytes) {
@@ -146,13 +166,14 @@ std::map<std::string, int64_t> BitsByModule(const std::vector<BitsGroup>& groups
 }
 
 StatusOr<std::vector<BitsGroup>> MeasureBits(const model::CausalLm& model, const LayerLoader& layers, const TokenSequences& tokens,
-                                             const GptqSettings& settings, runtime::Reporter& reporter) {
+                                             const GptqSettings& settings, const std::vector<int64_t>& widths,
+                                             runtime::Reporter& reporter) {
   const at::NoGradGuard no_grad;
   Activations activations(model, tokens, /*keep_inputs=*/true);
   TORCH_CHECK(!activations.chunks().empty(), "no tokens to measure the widths with");
   std::vector<BitsGroup> groups;
   const int64_t count = layers ? model.config().num_layers : static_cast<int64_t>(model.layers.size());
-  LayerProbe probe(settings, reporter);
+  LayerProbe probe(settings, widths, reporter);
   for (int64_t i = 0; i < count; ++i) {
     model::DecoderLayer layer;
     if (layers) {

@@ -42,14 +42,25 @@ int64_t ModuleBytes(int64_t out, int64_t in, int64_t bits, int64_t group_size);
 // a rounding of sizes to 1 / 16,384 of the range between the smallest and the largest choice.
 StatusOr<std::vector<size_t>> AllotBits(const std::vector<BitsGroup>& groups, int64_t budget_bytes);
 
-// Runs the model as it is over the tokens and measures 2, 3, 4 and 8 bits for every group. `layers` as in QuantizeOptions.
+// Runs the model as it is over the tokens and measures every one of `widths` (ascending) for every group. `layers` as in
+// QuantizeOptions.
 StatusOr<std::vector<BitsGroup>> MeasureBits(const model::CausalLm& model, const LayerLoader& layers, const TokenSequences& tokens,
-                                             const GptqSettings& settings, runtime::Reporter& reporter);
+                                             const GptqSettings& settings, const std::vector<int64_t>& widths,
+                                             runtime::Reporter& reporter);
 
 // Bits by module, as QuantizeOptions takes them.
 std::map<std::string, int64_t> BitsByModule(const std::vector<BitsGroup>& groups, const std::vector<size_t>& chosen);
 
-// Bytes that a budget of so many bits per weight (scales and zero points counted) allows these groups.
-int64_t BudgetBytes(const std::vector<BitsGroup>& groups, double bits_per_weight);
+// A size that the quantized linear layers keep to: bytes, or bits per weight with scales and zero points.
+struct SizeBudget {
+  double bits_per_weight = 0;
+  int64_t bytes = 0;  // 0 = bits_per_weight counts
+};
+
+// Bytes that the budget allows these groups.
+int64_t BudgetBytes(const std::vector<BitsGroup>& groups, const SizeBudget& budget);
+
+// Before any work: whether the narrowest of `widths` (ascending) keeps to the budget. INVALID_ARGUMENT names the least that would do.
+Status CheckBudget(const model::ModelConfig& config, int64_t group_size, const std::vector<int64_t>& widths, const SizeBudget& budget);
 
 }  // namespace refinery::quantize

@@ -352,11 +352,27 @@ TEST(MixedBitsTest, AllotsLikeExhaustiveSearch) {
   EXPECT_THAT(AllotBits(groups, least - 1), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("2 bits everywhere")));
 }
 
+// Goal: a budget below the narrowest width is refused, one at it is not.  Method: the tiny model's layers at 3 bits in groups of 32, counted
+// by hand: 64 x 64, 64 x 64 (o), 2 x 32 x 64, 2 x 96 x 64 and 64 x 96 weights in each of two layers.
+TEST_F(QuantizeRunTest, BudgetsBelowTheNarrowestWidthAreRefused) {
+  const model::ModelConfig config = TinyModel(tensors_, at::kBFloat16)->config();
+  ASSERT_EQ(config.hidden_size, 64);
+  ASSERT_EQ(config.intermediate_size, 96);
+  const int64_t weights = 2 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 96 * 64), least = (weights * 3 + weights / 32 * 19) / 8;
+  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bytes = least}), IsOk());
+  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bytes = least - 1}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(Join("quantize.gptq.bytes_budget is ", least - 1, ", but 3 bits"))));
+  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bits_per_weight = 3 + 19.0 / 32}), IsOk());
+  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bits_per_weight = 3.5}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("3.594 bits a weight")));
+  EXPECT_THAT(CheckBudget(config, 32, {2, 3}, {.bits_per_weight = 3.5}), IsOk());
+}
+
 // Goal: losses fall with bits, fused layers are one group, sizes are those of the stored tensors, and the chosen widths arrive.
 TEST_F(QuantizeRunTest, MeasuresEveryFusedGroupAndQuantizesItSo) {
   const auto model = TinyModel(tensors_, at::kBFloat16);
   Recorder reporter;
-  const auto groups = MeasureBits(*model, Loader(), {.ids = TinyCalibration(30), .weights = {}}, kSettings, reporter);
+  const auto groups = MeasureBits(*model, Loader(), {.ids = TinyCalibration(30), .weights = {}}, kSettings, {2, 3, 4, 8}, reporter);
   ASSERT_THAT(groups, IsOk());
   ASSERT_EQ(groups->size(), 8u);
   EXPECT_THAT((*groups)[4].modules, ElementsAre("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj",
@@ -369,7 +385,7 @@ TEST_F(QuantizeRunTest, MeasuresEveryFusedGroupAndQuantizesItSo) {
   }
   // q 64 x 64, k and v 32 x 64 at 3 bits in two groups of 32: 8192 weights x 3 bits, 128 x 2 scales and zero points of 19.
   EXPECT_EQ((*groups)[4].options[1].bytes, (8192 * 3 + 256 * 19) / 8);
-  const int64_t budget = BudgetBytes(*groups, 4.5);
+  const int64_t budget = BudgetBytes(*groups, {.bits_per_weight = 4.5});
   const auto chosen = AllotBits(*groups, budget);
   ASSERT_THAT(chosen, IsOk());
   const std::map<std::string, int64_t> bits = BitsByModule(*groups, *chosen);

@@ -122,7 +122,8 @@ Status ExportCompressedTensorsFolder(const checkpoint::ModelFolder& base, const 
     for (const auto& [module, linear] : quantized.linears) AddPacked(module, linear, &tensors);
     RF_RETURN_IF_ERROR(WriteLazyTensors(partial / kWeights, tensors));
     json config = base.config();
-    config["quantization_config"] = QuantizationConfig(quantized);
+    config["quantization_config"] = QuantizationConfig(quantized);  // whose fields the library checks: no room for others
+    config["refinery"] = Provenance(quantized);
     RF_RETURN_IF_ERROR(WriteFileAtomically(partial / "config.json", config.dump(2) + "\n"));
     RF_RETURN_IF_ERROR(CopyCompanions(base.path(), partial));
     RF_RETURN_IF_ERROR(WriteModelCard(Kind::kCompressedTensors, card, QuantizedFacts(quantized), partial));

@@ -154,6 +154,15 @@ std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::
   return facts;
 }
 
+nlohmann::json Provenance(const quantize::QuantizedModel& quantized) {
+  nlohmann::json facts = {{"quantizer", {Join("refinery:", REFINERY_VERSION)}},
+                          {"calibration_digest", quantized.calibration_digest},
+                          {"calibration_tokens", quantized.calibration_tokens}};
+  if (quantized.calibration_facts.is_object() && !quantized.calibration_facts.empty()) facts["calibration"] = quantized.calibration_facts;
+  if (quantized.recovery.is_object()) facts["recovery"] = quantized.recovery;
+  return facts;
+}
+
 Status WriteManifest(const std::filesystem::path& folder, const ModelBytes* bytes) {
   RF_ASSIGN_OR_RETURN(const std::vector<FileEntry> files, FilesWithoutManifest(folder));
   nlohmann::json entries = nlohmann::json::array();

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <string>
 
 #include "common/status.h"
@@ -21,5 +22,9 @@ Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::p
                       const std::filesystem::path& folder);
 // Width, group size, bytes and errors of a quantized model, as rows of that table.
 std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::QuantizedModel& quantized);
+
+// Seeds, shares, settings and digests: what is needed, beside the model and the format's own settings, to make the same codes and scales
+// again. `quantizer`, `calibration_digest`, `calibration_tokens`, and `calibration` and `recovery` (docs/formats.md) where there are any.
+nlohmann::json Provenance(const quantize::QuantizedModel& quantized);
 
 }  // namespace refinery::exporting

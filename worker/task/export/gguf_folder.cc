@@ -195,7 +195,7 @@ void AddRope(const std::string& prefix, const ModelConfig& c, GgufNewMetadata* o
 }
 
 StatusOr<GgufNewMetadata> Metadata(const checkpoint::ModelFolder& base, const ModelConfig& c, const ModelCard& card,
-                                   const std::vector<Part>& parts) {
+                                   const quantize::QuantizedModel& quantized, const std::vector<Part>& parts) {
   const std::string architecture(GgufFamily(c).gguf), prefix = architecture + ".";
   GgufNewMetadata out;
   out.emplace_back("general.architecture", architecture);
@@ -204,6 +204,7 @@ StatusOr<GgufNewMetadata> Metadata(const checkpoint::ModelFolder& base, const Mo
   if (!card.license.empty()) out.emplace_back("general.license", card.license);
   out.emplace_back("general.size_label", SizeLabel(base));
   out.emplace_back("general.quantized_by", Join("refinery ", REFINERY_VERSION));
+  out.emplace_back("refinery.provenance", Provenance(quantized).dump());
   out.emplace_back("general.quantization_version", uint32_t{2});
   out.emplace_back("general.file_type", FileType(parts));
   const auto add = [&](const char* key, int64_t value) { out.emplace_back(prefix + key, static_cast<uint32_t>(value)); };
@@ -272,7 +273,7 @@ Status ExportGgufFolder(const checkpoint::ModelFolder& base, const quantize::Qua
   return WriteWholeFolder(folder, [&](const std::filesystem::path& partial) -> Status {
     Collector collector(base, quantized, config, options);
     RF_ASSIGN_OR_RETURN(const std::vector<Part> parts, collector.Collect());
-    RF_ASSIGN_OR_RETURN(const GgufNewMetadata metadata, Metadata(base, config, card, parts));
+    RF_ASSIGN_OR_RETURN(const GgufNewMetadata metadata, Metadata(base, config, card, quantized, parts));
     std::vector<GgufNewTensor> tensors;
     for (const Part& part : parts) tensors.push_back(part.tensor);
     RF_ASSIGN_OR_RETURN(const auto writer, checkpoint::GgufWriter::Create(partial / kFile, metadata, tensors));

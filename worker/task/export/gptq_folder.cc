@@ -57,16 +57,10 @@ nlohmann::json QuantizationConfig(const quantize::QuantizedModel& quantized, For
   const QuantSettings found = SettingsOf(quantized);
   // transformers wants damp_percent strictly between 0 and 1; it plays no part in loading.
   const double damp = std::clamp(s.damp_fraction, 1e-6, 0.999);
-  nlohmann::json quantizer = {Join("refinery:", REFINERY_VERSION)};
+  nlohmann::json meta = Provenance(quantized);
+  meta["act_group_aware"] = s.order == quantize::ColumnOrderKind::kGroups;
   // Old v1 files with zero points were off by one; gptqmodel takes this entry as word that these are not.
-  if (!found.symmetric && format == Format::kGptq) quantizer.push_back("gptqmodel:0.9.0");
-  nlohmann::json meta = {{"quantizer", quantizer},
-                         {"act_group_aware", s.order == quantize::ColumnOrderKind::kGroups},
-                         {"calibration_digest", quantized.calibration_digest},
-                         {"calibration_tokens", quantized.calibration_tokens}};
-  // Seeds, shares and digests: all that is needed to make the same codes and scales again.
-  if (quantized.calibration_facts.is_object() && !quantized.calibration_facts.empty()) meta["calibration"] = quantized.calibration_facts;
-  if (quantized.recovery.is_object()) meta["recovery"] = quantized.recovery;
+  if (!found.symmetric && format == Format::kGptq) meta["quantizer"].push_back("gptqmodel:0.9.0");
   nlohmann::json config = {{"quant_method", "gptq"},
                            {"checkpoint_format", FormatName(format)},
                            {"bits", s.bits},

@@ -26,6 +26,7 @@ using ::refinery::testing::TinyConfig;
 using ::refinery::testing::TinyModel;
 using ::refinery::testing::TinyTensors;
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 using quantize::QuantizedLinear;
 
 constexpr char kVectors[] = REFINERY_SOURCE_DIR "/tests/vectors/export/";
@@ -306,6 +307,30 @@ TEST(GgufFolderTest, LeavesNothingBehindWhenItRefuses) {
 }
 
 // Goal: layers of another width load.  Method: the folder opens, and every weight is what its codes say.
+// Goal: seeds and digests travel with every format.  Method: read back as the format's own readers would.
+TEST(FormatsTest, EveryFormatSaysHowItCameAbout) {
+  Fixture f = MakeFixture("provenance", {.bits = 4, .group_size = 32});
+  f.quantized.calibration_digest = "c0ffee";
+  f.quantized.calibration_tokens = 512;
+  f.quantized.calibration_facts = {{"seed", 5}, {"general_share", 0.25}};
+  f.quantized.recovery = {{"seed", 9}, {"train_digest", "ab"}};
+  const std::filesystem::path folder = FreshFolder("provenance");
+  const auto json_of = [](const std::filesystem::path& path) { return nlohmann::json::parse(ReadFile(path).value()); };
+  ASSERT_THAT(ExportGptqFolder(*f.base, f.quantized, {.name = "tiny"}, folder / "gptq"), IsOk());
+  ASSERT_THAT(ExportCompressedTensorsFolder(*f.base, f.quantized, {.name = "tiny"}, folder / "ct"), IsOk());
+  ASSERT_THAT(ExportGgufFolder(*f.base, f.quantized, {.name = "tiny"}, {}, folder / "gguf"), IsOk());
+  const auto gguf = checkpoint::GgufFile::Open(folder / "gguf" / "model.gguf").value();
+  for (const nlohmann::json& said :
+       {json_of(folder / "gptq" / "config.json")["quantization_config"]["meta"], json_of(folder / "ct" / "config.json")["refinery"],
+        nlohmann::json::parse(gguf->String("refinery.provenance").value_or("{}"))}) {
+    EXPECT_EQ(said["calibration_digest"], "c0ffee");
+    EXPECT_EQ(said["calibration_tokens"], 512);
+    EXPECT_EQ(said["calibration"], f.quantized.calibration_facts);
+    EXPECT_EQ(said["recovery"], f.quantized.recovery);
+    EXPECT_THAT(said["quantizer"][0].get<std::string>(), StartsWith("refinery:"));
+  }
+}
+
 TEST(GptqFolderTest, LayersOfOtherWidthsStandInDynamic) {
   Fixture f = MakeFixture("dynamic", {.bits = 4, .group_size = 32});
   const at::Tensor weight = TinyTensors(at::kBFloat16).at("model.layers.1.mlp.down_proj.weight");

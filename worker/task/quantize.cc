@@ -18,7 +18,7 @@
 namespace refinery::task {
 namespace {
 
-constexpr int kCodeVersion = 1;  // of the quantizer: rises when the same inputs would give other codes
+constexpr int kCodeVersion = 2;  // of the quantizer: rises when the same inputs would give other codes
 constexpr int64_t kProbeTokens = 8192;
 constexpr char kBitsFact[] = "bits_by_module";
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "worker/task/quantize/activations.h"
 #include "worker/task/quantize/hessian.h"
 #include "worker/task/quantize/prepared_hessian.h"
 #include "worker/task/quantize/quantize_plan.h"
@@ -15,76 +16,187 @@ namespace {
 
 constexpr int64_t kUnits = 16384;
 
-// tr(E H E^T)
-double Energy(const at::Tensor& difference, const at::Tensor& hessian) {
-  return (at::mm(difference, hessian) * difference).sum(at::kDouble).item<double>();
+// Whole sequences of at least so many tokens, where there are as many.
+constexpr int64_t kErrorTokens = 1024;
+constexpr int64_t kCopiedTokens = 512;
+constexpr int64_t kCopyBits = 3;  // or the next wider: errors well above the rounding of bfloat16, and still small
+constexpr int64_t kLogitRows = 128;
+constexpr int64_t kBlockTokens = 4096;  // of copies that go through a layer together
+constexpr double kSmallest = 1e-30;
+
+// Mean over tokens of |quantized - clean|^2 / |clean|^2.
+double RelativeError(const at::Tensor& quantized, const at::Tensor& clean) {
+  const at::Tensor from = clean.to(at::kFloat), square = from.square().sum(1).clamp_min_(kSmallest);
+  return (quantized.to(at::kFloat) - from).square().sum(1).div_(square).mean().item<double>();
 }
 
-// What one layer is, in numbers: the groups of its four stages with relative errors as losses, before these are scaled.
+double Finite(double value, const std::string& where) {
+  if (!std::isfinite(value)) throw runtime::NumericException(Join(where, ": the error that quantization makes there is not finite"));
+  return value;
+}
+
+// Whole sequences: for Hessians, to measure errors with, and the first of the latter for the copies of LayerProbe.
+struct ProbeTokens {
+  TokenSequences hessians, errors;
+  std::vector<int64_t> lengths, copied_lengths;
+  int64_t copied = 0;  // tokens
+};
+
+// Errors are measured on other tokens than Hessians see, where there are others.
+ProbeTokens Split(const TokenSequences& tokens) {
+  ProbeTokens split;
+  int64_t seen = 0;
+  for (const std::vector<int32_t>& sequence : tokens.ids) {
+    if (sequence.empty()) continue;
+    if (seen >= kErrorTokens) {
+      split.hessians.ids.push_back(sequence);
+      continue;
+    }
+    const auto length = static_cast<int64_t>(sequence.size());
+    if (seen < kCopiedTokens) {
+      split.copied += length;
+      split.copied_lengths.push_back(length);
+    }
+    split.errors.ids.push_back(sequence);
+    split.lengths.push_back(length);
+    seen += length;
+  }
+  TORCH_CHECK(seen > 0, "no tokens to measure the widths with");
+  if (split.hessians.ids.empty()) split.hessians = split.errors;
+  return split;
+}
+
+// The model as it is, and beside it one copy for every layer so far, which is quantized in that layer and in no other.
 class LayerProbe {
  public:
-  LayerProbe(const GptqSettings& settings, const std::vector<int64_t>& widths, runtime::Reporter& reporter)
-      : settings_(settings), widths_(widths), reporter_(reporter) {}
+  LayerProbe(const model::CausalLm& model, const ProbeTokens& tokens, const GptqSettings& settings, const std::vector<int64_t>& widths,
+             runtime::Reporter& reporter)
+      : model_(model), tokens_(tokens), settings_(settings), widths_(widths), reporter_(reporter) {
+    std::vector<int64_t> ids;
+    for (const std::vector<int32_t>& sequence : tokens.errors.ids) ids.insert(ids.end(), sequence.begin(), sequence.end());
+    clean_ = model.Embed(at::tensor(ids, at::kLong).to(model.device()));
+    rotary_ = model.MakeRotary(tokens.lengths);
+    const auto found = std::find_if(widths.begin(), widths.end(), [](int64_t bits) { return bits >= kCopyBits; });
+    copy_bits_ = found == widths.end() ? widths.front() : *found;
+  }
 
+  // The groups of the four stages; as losses the errors of the layer's output, before Damages() says what these cost.
   std::vector<BitsGroup> Measure(model::DecoderLayer& layer, int64_t index, Activations& activations) {
+    const at::Tensor next = model_.ForwardLayer(layer, clean_, tokens_.lengths, rotary_);
+    AdvanceCopies(layer);
     std::vector<BitsGroup> groups;
+    model::DecoderLayer copied = layer;
     for (const Stage stage : kStages) {
-      Hessian hessian(LinearsOf(layer, stage)[0]->inputs(), activations.chunks()[0].hidden.device());
+      const std::vector<model::Linear*> linears = LinearsOf(layer, stage);
+      Hessian hessian(linears[0]->inputs(), clean_.device());
       for (Chunk& chunk : activations.chunks()) {
         reporter_.Check();
         activations.Advance(layer, stage, chunk);
-        hessian.Add(stage == Stage::kO || stage == Stage::kDown ? PerResidual(chunk) : chunk.input);
+        hessian.Add(chunk.input);
       }
-      groups.push_back(MeasureStage(layer, index, stage, hessian.Matrix()));
+      const PreparedHessian prepared = PrepareHessian(linears[0]->name, hessian.Matrix(), settings_);
+      groups.push_back(MeasureStage(layer, index, stage, prepared, next, copied));
     }
     activations.FinishLayer(layer);
-    // Of q k v and o: what attention adds; of gate up and down: what the MLP adds, both as a mean over tokens.
-    const auto tokens = static_cast<double>(activations.tokens());
-    const double attention = std::min(1.0, outputs_[1] / tokens), mlp = std::min(1.0, outputs_[3] / tokens);
-    for (size_t stage = 0; stage < groups.size(); ++stage) {
-      for (BitsOption& option : groups[stage].options) option.loss *= stage < 2 ? attention : mlp;
-    }
+    const at::Tensor before = clean_.narrow(0, 0, tokens_.copied), after = next.narrow(0, 0, tokens_.copied);
+    copies_.push_back(model_.ForwardLayer(copied, before, tokens_.copied_lengths, model_.MakeRotary(tokens_.copied_lengths)));
+    errors_.push_back(RelativeError(copies_.back(), after));
+    clean_ = next;
     return groups;
   }
 
- private:
-  // Inputs of o or down, each token's divided by the length of the residual that its output is added to: the few tokens whose
-  // residual is hundreds of times longer than others' (where attention sinks) would decide everything else.
-  static at::Tensor PerResidual(const Chunk& chunk) {
-    const at::Tensor length = chunk.hidden.to(at::kFloat).square().sum(1, /*keepdim=*/true).clamp_min_(1e-12).sqrt_();
-    return chunk.input.to(at::kFloat).div(length);
-  }
-
-  BitsGroup MeasureStage(model::DecoderLayer& layer, int64_t index, Stage stage, const at::Tensor& hessian) {
-    BitsGroup group{.name = Join("model.layers.", index, ".", StageName(stage))};
-    std::vector<double> errors(widths_.size());
-    std::vector<int64_t> bytes(widths_.size());
-    double energy = 0;
-    for (const model::Linear* linear : LinearsOf(layer, stage)) {
-      CheckFinite(linear->name, "weight", linear->weight.to(at::kFloat));
-      CheckFinite(linear->name, "Hessian of the calibration inputs", hessian);
-      const at::Tensor weight = linear->weight.to(at::kFloat);
-      group.modules.push_back(linear->name);
-      group.weights += weight.numel();
-      energy += Energy(weight, hessian);
-      for (size_t i = 0; i < widths_.size(); ++i) {
-        GptqSettings own = settings_;
-        own.bits = widths_[i];
-        errors[i] += Energy(weight - RoundToNearest(weight, own).Dequantize().to(weight.device()), hessian);
-        bytes[i] += ModuleBytes(weight.size(0), weight.size(1), own.bits, own.group_size);
+  // After the last layer: KL of the model's words per unit of every layer's error.
+  std::vector<double> Damages() {
+    std::vector<double> sums(copies_.size());
+    for (int64_t begin = 0; begin < tokens_.copied; begin += kLogitRows) {
+      const int64_t count = std::min(kLogitRows, tokens_.copied - begin);
+      const at::Tensor source = Words(clean_.narrow(0, begin, count)), shares = source.exp();
+      for (size_t i = 0; i < copies_.size(); ++i) {
+        reporter_.Check();
+        sums[i] += (shares * (source - Words(copies_[i].narrow(0, begin, count)))).sum(at::kDouble).item<double>();
       }
     }
-    outputs_[static_cast<size_t>(stage)] = energy;
-    for (size_t i = 0; i < widths_.size(); ++i) {
-      group.options.push_back({.bits = widths_[i], .bytes = bytes[i], .loss = energy > 0 ? errors[i] / energy : 0});
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const double kl = std::max(0.0, Finite(sums[i], Join("model.layers.", i))) / static_cast<double>(tokens_.copied);
+      sums[i] = kl / std::max(errors_[i], kSmallest);
+    }
+    return sums;
+  }
+
+ private:
+  at::Tensor Words(const at::Tensor& hidden) const {
+    return at::log_softmax(model_.Logits(model_.Normalize(hidden, model_.final_norm)).to(at::kFloat), 1);
+  }
+
+  // Every copy through the layer, several at once.
+  void AdvanceCopies(const model::DecoderLayer& layer) {
+    const auto together = static_cast<size_t>(std::max<int64_t>(1, kBlockTokens / tokens_.copied));
+    for (size_t first = 0; first < copies_.size(); first += together) {
+      reporter_.Check();
+      const size_t count = std::min(together, copies_.size() - first);
+      std::vector<int64_t> lengths;
+      for (size_t i = 0; i < count; ++i) lengths.insert(lengths.end(), tokens_.copied_lengths.begin(), tokens_.copied_lengths.end());
+      const at::Tensor block = at::cat(std::vector<at::Tensor>(copies_.begin() + static_cast<std::ptrdiff_t>(first),
+                                                               copies_.begin() + static_cast<std::ptrdiff_t>(first + count)));
+      const std::vector<at::Tensor> moved =
+          model_.ForwardLayer(layer, block, lengths, model_.MakeRotary(lengths)).split(tokens_.copied);
+      for (size_t i = 0; i < count; ++i) copies_[first + i] = moved[i];
+    }
+  }
+
+  // Gives the stage's layers quantized weights in storage of their own.
+  void Quantize(model::DecoderLayer& layer, Stage stage, int64_t bits, const PreparedHessian& hessian) const {
+    GptqSettings own = settings_;
+    own.bits = bits;
+    own.refine_sweeps = 0;  // they lower every width's error alike
+    std::vector<at::Tensor> rows;
+    for (const model::Linear* linear : LinearsOf(layer, stage)) {
+      reporter_.Check();
+      GptqReport report;
+      rows.push_back(GptqPrepared(linear->name, linear->weight, hessian, own, &report).Dequantize().to(linear->weight.options()));
+    }
+    const at::Tensor all = at::cat(rows);
+    int64_t row = 0;
+    for (model::Linear* linear : LinearsOf(layer, stage)) {
+      linear->weight = all.narrow(0, row, linear->weight.size(0));
+      row += linear->weight.size(0);
+    }
+  }
+
+  // `next` is the clean output of the layer; `copied` gets the stage's weights of copy_bits_.
+  BitsGroup MeasureStage(model::DecoderLayer& layer, int64_t index, Stage stage, const PreparedHessian& hessian, const at::Tensor& next,
+                         model::DecoderLayer& copied) {
+    BitsGroup group{.name = Join("model.layers.", index, ".", StageName(stage))};
+    for (const model::Linear* linear : LinearsOf(layer, stage)) {
+      group.modules.push_back(linear->name);
+      group.weights += linear->weight.numel();
+    }
+    for (const int64_t bits : widths_) {
+      BitsOption option{.bits = bits};
+      for (const model::Linear* linear : LinearsOf(layer, stage))
+        option.bytes += ModuleBytes(linear->weight.size(0), linear->weight.size(1), bits, settings_.group_size);
+      model::DecoderLayer quantized = layer;
+      Quantize(quantized, stage, bits, hessian);
+      option.loss = Finite(RelativeError(model_.ForwardLayer(quantized, clean_, tokens_.lengths, rotary_), next), group.name);
+      if (bits == copy_bits_) {
+        const std::vector<model::Linear*> from = LinearsOf(quantized, stage), to = LinearsOf(copied, stage);
+        for (size_t i = 0; i < from.size(); ++i) to[i]->weight = from[i]->weight;
+      }
+      group.options.push_back(option);
     }
     return group;
   }
 
+  const model::CausalLm& model_;
+  const ProbeTokens& tokens_;
   const GptqSettings& settings_;
   const std::vector<int64_t>& widths_;
   runtime::Reporter& reporter_;
-  double outputs_[4] = {};
+  int64_t copy_bits_ = 0;
+  model::Rotary rotary_;
+  at::Tensor clean_;                // [tokens, H] into the next layer
+  std::vector<at::Tensor> copies_;  // [copied, H], one per layer so far
+  std::vector<double> errors_;      // of each copy behind its own layer
 };
 
 }  // namespace
@@ -169,11 +281,11 @@ StatusOr<std::vector<BitsGroup>> MeasureBits(const model::CausalLm& model, const
                                              const GptqSettings& settings, const std::vector<int64_t>& widths,
                                              runtime::Reporter& reporter) {
   const at::NoGradGuard no_grad;
-  Activations activations(model, tokens, /*keep_inputs=*/true);
-  TORCH_CHECK(!activations.chunks().empty(), "no tokens to measure the widths with");
   std::vector<BitsGroup> groups;
   const int64_t count = layers ? model.config().num_layers : static_cast<int64_t>(model.layers.size());
-  LayerProbe probe(settings, widths, reporter);
+  const ProbeTokens split = Split(tokens);
+  Activations activations(model, split.hessians, /*keep_inputs=*/true);
+  LayerProbe probe(model, split, settings, widths, reporter);
   for (int64_t i = 0; i < count; ++i) {
     model::DecoderLayer layer;
     if (layers) {
@@ -184,6 +296,10 @@ StatusOr<std::vector<BitsGroup>> MeasureBits(const model::CausalLm& model, const
     for (BitsGroup& group : probe.Measure(layer, i, activations)) groups.push_back(std::move(group));
     reporter.Report({.phase = Join("measuring widths, layer ", i + 1, "/", count), .done = static_cast<double>(i + 1),
                      .total = static_cast<double>(count)});
+  }
+  const std::vector<double> damages = probe.Damages();
+  for (size_t g = 0; g < groups.size(); ++g) {
+    for (BitsOption& option : groups[g].options) option.loss *= damages[g / kStages.size()];
   }
   return groups;
 }

@@ -3,9 +3,10 @@
 // Which linear layers get how many bits, so that a model fits a size and loses least. Layers that a runtime fuses (q k v; gate up)
 // always get the same, or vLLM would not load them.
 //
-// The loss of a group at a width is measured on calibration tokens, on the model as it is: the error of plain rounding at its
-// outputs, tr(E H E^T) / tr(W H W^T), times the share that what the group feeds (attention, or the MLP) has in the residual
-// stream it is added to: the mean over tokens of |added|^2 / |residual|^2, at most 1. GPTQ's own error is several times smaller, but by much the same factor everywhere.
+// The loss of a group at a width is an estimate of the KL that it alone costs, in nats per token: the relative error of the layer's output
+// (residual included) when this group is quantized by GPTQ and nothing else is, times what a unit of such an error costs behind this
+// layer. The latter is measured with one copy of the hidden states per layer, quantized in that layer only and carried to the end of the
+// model, where its KL to the source is taken. Errors are measured on tokens that the Hessians have not seen.
 //
 // Errors: INVALID_ARGUMENT for a budget that even the narrowest choice exceeds.  Threads: one caller; deterministic.
 

@@ -14,6 +14,7 @@
 #include "common/files.h"
 #include "tests/support/status_matchers.h"
 #include "tests/worker/task/quantize/tiny_model.h"
+#include "worker/task/quantize/held_out.h"
 #include "worker/task/quantize/hessian.h"
 #include "worker/task/quantize/mixed_bits.h"
 #include "worker/task/quantize/model_quantizer.h"
@@ -350,6 +351,28 @@ TEST(MixedBitsTest, AllotsLikeExhaustiveSearch) {
     EXPECT_NEAR(loss, best, 1e-12);
   }
   EXPECT_THAT(AllotBits(groups, least - 1), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("2 bits everywhere")));
+}
+
+// Goal: a group's loss is about the KL that it costs.  Method: the model with that group alone quantized, run whole and held against the
+// source: within a factor of two.
+TEST_F(QuantizeRunTest, LossesAreAboutTheKlOfAGroupAlone) {
+  const auto source = TinyModel(tensors_, at::kFloat);
+  const TokenSequences tokens{.ids = TinyCalibration(60), .weights = {}};
+  const GptqSettings settings{.bits = 3, .group_size = 32, .refine_sweeps = 0};
+  Recorder reporter;
+  const auto groups = MeasureBits(*source, {}, tokens, settings, {3, 8}, reporter);
+  ASSERT_THAT(groups, IsOk());
+  const auto whole = TinyModel(tensors_, at::kFloat);
+  const auto quantized = QuantizeModel(*whole, tokens, settings, QuantizeOptions{}, reporter);
+  ASSERT_THAT(quantized, IsOk());
+  for (const BitsGroup& group : *groups) {
+    const auto model = TinyModel(tensors_, at::kFloat);
+    for (const std::string& module : group.modules) model->FindLinear(module)->weight.copy_(quantized->linears.at(module).Dequantize());
+    const double kl = MeasureFidelity(*source, *model, tokens).kl;
+    EXPECT_GT(group.options[0].loss, kl / 2) << group.name;
+    EXPECT_LT(group.options[0].loss, kl * 2) << group.name;
+    EXPECT_LT(group.options[1].loss, kl / 100) << group.name;
+  }
 }
 
 // Goal: a budget below the narrowest width is refused, one at it is not.  Method: the tiny model's layers at 3 bits in groups of 32, counted

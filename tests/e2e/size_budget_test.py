@@ -1,51 +1,41 @@
-"""Goal: a budget of bits per weight holds in the files that are delivered, and bounds that nothing can keep to are refused before anything is
-trained.  Method: the small recipe at 5 bits a weight, in three formats; the bytes are counted in the headers of the files.
+"""Goal: a budget of bits per weight holds in the quantized model, and bounds that nothing can keep to are refused before anything is
+trained.  Method: refinery-task quantizes SmolLM2-135M at 5 bits a weight, and the bytes are counted in the header of its file, which holds
+what GPTQ folders hold; the small recipe is run with a budget and a memory bound that are too low.
 
   python3 size_budget_test.py FOLDER_OF_BINARIES
 """
 
-import glob
 import json
-import math
 import os
 import struct
 import sys
 import tempfile
 
+import killed_quantize_test
 import programs
 
 BITS = 5
+WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # of SmolLM2-135M's linear layers
 
 
-def tensors(folder):
-    """Name to (shape, bytes) of a safetensors folder."""
-    found = {}
-    for path in glob.glob(os.path.join(folder, "*.safetensors")):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                found[name] = (entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0])
-    return found
-
-
-def linear_weights(config):
-    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    head = config.get("head_dim") or hidden // heads
-    return config["num_hidden_layers"] * (2 * hidden * heads * head + 2 * hidden * keys * head + 3 * hidden * wide)
-
-
-def check_sizes(artifact):
-    for name, parts in (("gptq", (".qweight", ".qzeros", ".scales")), ("compressed_tensors", (".weight_packed", ".weight_scale"))):
-        folder = os.path.join(artifact, name)
-        with open(os.path.join(folder, "config.json")) as file:
-            config = json.load(file)
-        size = sum(size for tensor, (_, size) in tensors(folder).items() if tensor.endswith(parts))
-        bits = 8 * size / linear_weights(config)
-        print(f"{name}: {bits:.3f} bits a weight of {BITS}", flush=True)
-        assert 0.9 * BITS < bits <= BITS, bits
-        assert '"bits": 8' in json.dumps(config["quantization_config"]) or '"num_bits": 8' in json.dumps(config["quantization_config"]), config
+def check_size(binaries, folder):
+    task = killed_quantize_test.Task(binaries, folder)
+    task.spec["quantize"] = {"gptq": dict(killed_quantize_test.GPTQ, bitsBudget=BITS, widths=[4, 8])}
+    assert task.quantize("quantized", "").wait() == 0, task.text()
+    with open(os.path.join(task.outputs, "quantized.safetensors"), "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    header.pop("__metadata__", None)
+    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if not name.endswith(".g_idx"))
+    bits = 8 * size / WEIGHTS
+    # qweight is [in * bits / 32, out] and g_idx [in].
+    found = {name[:-8]: 32 * entry["shape"][0] // header[name[:-8] + ".g_idx"]["shape"][0]
+             for name, entry in header.items() if name.endswith(".qweight")}
+    print(f"{bits:.3f} bits a weight of {BITS}; {sum(width == 8 for width in found.values())} of {len(found)} layers have 8", flush=True)
+    assert 0.95 * BITS < bits <= BITS, bits
+    assert set(found.values()) == {4, 8}, found
+    for layer in range(30):
+        of = {name.split(".")[-1]: width for name, width in found.items() if name.startswith(f"model.layers.{layer}.")}
+        assert of["q_proj"] == of["k_proj"] == of["v_proj"] and of["gate_proj"] == of["up_proj"], of
 
 
 def check_refused(binaries, folder, gptq, more, words):
@@ -58,16 +48,12 @@ def check_refused(binaries, folder, gptq, more, words):
 
 def main():
     programs.need_model()
-    binaries = sys.argv[1]
-    formats = "export: {formats: [gptq, compressed_tensors, gguf]}\n"
     with tempfile.TemporaryDirectory() as folder:
-        least = 4 + (16 + 4) / 64  # codes, and of every group of 64 a scale and a zero point
-        assert math.isclose(least, 4.3125)
-        check_refused(binaries, folder, "bits_budget: 4.3,", formats, "4.313 bits a weight")
-        check_refused(binaries, folder, "memory_mib: 100,", "", "memory_mib")
-        done = programs.run_recipe(binaries, folder, programs.small_recipe(folder, f"bits_budget: {BITS},", formats))
-        assert done.returncode == 0, done.stderr
-        check_sizes(glob.glob(os.path.join(folder, "state", "result", "*", "artifact"))[0])
+        # 4 bits, and of every group of 64 a scale of 16 bits and a zero point of 4: 4.3125.
+        check_refused(sys.argv[1], folder, "bits_budget: 4.3,", "export: {formats: [gptq, compressed_tensors, gguf]}\n", "4.313 bits a weight")
+        check_refused(sys.argv[1], folder, "memory_mib: 100,", "", "memory_mib")
+    with tempfile.TemporaryDirectory() as folder:
+        check_size(sys.argv[1], folder)
     print("1 passed, 0 failed")
 
 

@@ -13,8 +13,12 @@ namespace refinery::client {
 namespace {
 
 // The name that an uploaded file has in its artifact, whatever it is called here: the same rows are the same artifact.
-// CSV is told from JSON lines by its name alone.
-std::string FileName(const std::filesystem::path& file) { return file.extension() == ".csv" ? "rows.csv" : "rows.jsonl"; }
+// CSV is told from JSON lines by its name alone, and so is the plain text that calibration takes.
+std::string FileName(const std::string& role, const std::filesystem::path& file) {
+  const std::string extension = file.extension().string();
+  if (role == "general" && (extension == ".txt" || extension == ".md")) return "rows.txt";
+  return extension == ".csv" ? "rows.csv" : "rows.jsonl";
+}
 
 constexpr size_t kDigestPrefix = 7;   // "sha256:"
 
@@ -25,7 +29,7 @@ StatusOr<RecipeInput> ReadRecipe(const std::filesystem::path& path, const std::f
   RF_ASSIGN_OR_RETURN(input.recipe, LoadRecipe(path));
   RF_ASSIGN_OR_RETURN(input.files, RecipeFiles(input.recipe, data_folder));
   for (const auto& [role, file] : input.files) {
-    RF_ASSIGN_OR_RETURN(input.digests[role], FileArtifactDigest(file, FileName(file)));
+    RF_ASSIGN_OR_RETURN(input.digests[role], FileArtifactDigest(file, FileName(role, file)));
   }
   return input;
 }
@@ -33,7 +37,7 @@ StatusOr<RecipeInput> ReadRecipe(const std::filesystem::path& path, const std::f
 Status UploadFiles(Connection& connection, const RecipeInput& input) {
   ArtifactClient client(connection.channel);
   for (const auto& [role, file] : input.files) {
-    auto uploaded = client.UploadFile(file, FileName(file), role);
+    auto uploaded = client.UploadFile(file, FileName(role, file), role);
     if (!uploaded.ok()) return Annotate(uploaded.status(), Join("cannot upload ", file.string()));
     if (uploaded->digest() != input.digests.at(role))
       return FailedPrecondition(file.string(), " was changed while it was uploaded; try again");

@@ -19,12 +19,12 @@ def need_model():
 
 
 def small_recipe(folder, gptq, more=""):
-    """small.yaml with other settings of GPTQ ("bits_budget: 5,") and further sections, beside the files that it names."""
+    """small.yaml with other settings of GPTQ ("bits_budget: 5,"; without bits or a budget 4 bits) and further sections, beside the files that it names."""
     with open(os.path.join(HERE, "small.yaml")) as file:
         text = file.read()
     for name in ("seeds.jsonl", "items.jsonl"):
         text = text.replace(f"file: {name}", f"file: {os.path.join(HERE, name)}")
-    changed = text.replace("gptq: {bits: 4,", f"gptq: {{{gptq} bits: 4,")
+    changed = text.replace("gptq: {bits: 4,", f"gptq: {{{gptq}" + ("" if "bits: " in gptq or "_budget" in gptq else " bits: 4,"))
     assert changed != text
     path = os.path.join(folder, "recipe.yaml")
     with open(path, "w") as file:

@@ -34,7 +34,7 @@ void AddLint(CLI::App& app, Globals& globals, Result& result) {
   auto flags = std::make_shared<LintFlags>();
   CLI::App* command = app.add_subcommand("lint", "Say which programs will load a model quantized so, and the nearest settings that they take");
   command->add_option("MODEL", flags->model, "Hugging Face folder or GGUF file")->required();
-  command->add_option("--bits", flags->bits, "2, 3, 4 or 8 (default 4)")->check(CLI::Range(1, 16));
+  command->add_option("--bits", flags->bits, "2, 3, 4 or 8 (default 4)")->check(CLI::IsMember({2, 3, 4, 8}));
   command->add_option("--group-size", flags->group_size, "weights along the input that share a scale; -1: one group a row (default 64)");
   command->add_option("--grid", flags->grid, "full_range (default), symmetric or asymmetric")
       ->check(CLI::IsMember({"full_range", "symmetric", "asymmetric"}));

@@ -34,9 +34,24 @@ nlohmann::json ToJson(const std::vector<exporting::Verdict>& verdicts) {
   return list;
 }
 
+// Settings that no model could have.
+Status CheckOptions(const LintOptions& options) {
+  std::vector<int64_t> widths = options.mixed;
+  widths.insert(widths.begin(), options.bits);
+  for (size_t i = 0; i < widths.size(); ++i) {
+    const int64_t bits = widths[i];
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
+      return InvalidArgument(i == 0 ? "--bits" : "--mixed", " must be 2, 3, 4 or 8, is ", bits);
+  }
+  if (options.group_size != -1 && options.group_size <= 0)
+    return InvalidArgument("--group-size must be > 0, or -1 for one group a row, is ", options.group_size);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 StatusOr<bool> RunLintCommand(const LintOptions& options) {
+  RF_RETURN_IF_ERROR(CheckOptions(options));
   RF_ASSIGN_OR_RETURN(const model::ModelConfig config, ReadConfig(options.model));
   RF_ASSIGN_OR_RETURN(const std::vector<exporting::Format> formats, exporting::FormatsOf(options.formats));
   const exporting::QuantSettings settings{.bits = options.bits, .group_size = options.group_size, .symmetric = options.grid != "asymmetric",

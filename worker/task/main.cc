@@ -107,7 +107,7 @@ CLI::App* AddChat(CLI::App& app, refinery::task::ChatOptions& chat) {
 CLI::App* AddLint(CLI::App& app, refinery::task::LintOptions& lint) {
   CLI::App* command = app.add_subcommand("lint", "which programs will load a model quantized so");
   command->add_option("--model", lint.model, "Hugging Face folder or GGUF file")->required();
-  command->add_option("--bits", lint.bits, "width of the codes")->check(CLI::Range(1, 16));
+  command->add_option("--bits", lint.bits, "width of the codes: 2, 3, 4 or 8");
   command->add_option("--group-size", lint.group_size, "-1: one group a row");
   command->add_option("--grid", lint.grid, "full_range, symmetric or asymmetric");
   command->add_option("--order", lint.order, "groups, natural or classic");

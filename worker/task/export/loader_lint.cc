@@ -112,15 +112,6 @@ std::string CompressedMarlinProblem(const model::ModelConfig& c, const QuantSett
   return FirstOf({CompressedTensorsProblem(c, s), MarlinGroupProblem(s)});
 }
 
-// Why codes do not stand in blocks of GGUF as they are, so that layers stand as 16-bit weights.
-std::string GgufBlockProblem(const QuantSettings& s) {
-  const auto wide = [](int64_t bits) { return bits == 8; };
-  const std::vector<int64_t> widths = Widths(s);
-  return FirstOf({s.act_order ? "a permuted g_idx" : "",
-                  !s.symmetric && std::any_of(widths.begin(), widths.end(), wide) ? "zero points with 8 bits" : "",
-                  s.group_size != -1 && s.group_size % 32 != 0 ? Join("groups of ", s.group_size) : ""});
-}
-
 std::string GgufRemark(const model::ModelConfig&, const QuantSettings& s) {
   if (const std::string problem = GgufBlockProblem(s); !problem.empty())
     return Join(problem, ": no block type holds them; weights of 16 bits (F16) instead");
@@ -130,7 +121,7 @@ std::string GgufRemark(const model::ModelConfig&, const QuantSettings& s) {
 }
 
 std::string GgufProblem(const model::ModelConfig& c, const QuantSettings& s) {
-  return FirstOf({HeadProblem(c, s), SizeProblem(c, s, 32, 1)});
+  return FirstOf({BitsProblem(s, {2, 3, 4, 8}, "the codes have 2, 3, 4 and 8"), HeadProblem(c, s), SizeProblem(c, s, 32, 1)});
 }
 
 // Why a model cannot stand in GGUF whatever its settings.
@@ -188,7 +179,11 @@ std::vector<Loader> LoadersOf(Format format) {
 std::string SettingsText(const QuantSettings& wanted, const QuantSettings& s) {
   std::string text;
   const auto add = [&](const std::string& part) { text += (text.empty() ? "" : ", ") + part; };
-  if (s.bits != wanted.bits || s.mixed != wanted.mixed) add(Join(s.bits, " bits"));
+  if (Widths(s) != Widths(wanted)) {
+    std::string widths;
+    for (const int64_t bits : Widths(s)) widths += Join(widths.empty() ? "" : ", ", bits);
+    add(IsMixed(s) ? "widths " + widths : widths + (IsMixed(wanted) ? " bits in every layer" : " bits"));
+  }
   if (s.symmetric != wanted.symmetric) add("symmetric");
   if (s.act_order != wanted.act_order) add("columns in their order");
   if (s.head != wanted.head) add("the head not quantized");
@@ -196,29 +191,37 @@ std::string SettingsText(const QuantSettings& wanted, const QuantSettings& s) {
   return text;
 }
 
-// How far two settings lie apart: width first, then zero points and order, then the group size.
+// The mean of the widths, on a logarithmic axis.
+double MeanWidth(const QuantSettings& s) {
+  const std::vector<int64_t> widths = Widths(s);
+  double sum = 0;
+  for (const int64_t bits : widths) sum += std::log2(static_cast<double>(bits));
+  return sum / static_cast<double>(widths.size());
+}
+
+// How far two settings lie apart: widths first, then zero points and order, then the group size.
 double Distance(const QuantSettings& a, const QuantSettings& b) {
   const auto size = [](int64_t group) { return group == -1 ? 12.0 : std::log2(static_cast<double>(group)); };
-  return 100 * std::abs(std::log2(static_cast<double>(a.bits)) - std::log2(static_cast<double>(b.bits))) +
-         (a.mixed != b.mixed ? 50 : 0) + (a.symmetric != b.symmetric ? 30 : 0) + (a.act_order != b.act_order ? 20 : 0) +
+  return 100 * std::abs(MeanWidth(a) - MeanWidth(b)) + (IsMixed(a) != IsMixed(b) ? 50 : 0) + (a.symmetric != b.symmetric ? 30 : 0) + (a.act_order != b.act_order ? 20 : 0) +
          (a.head != b.head ? 20 : 0) + std::abs(size(a.group_size) - size(b.group_size));
 }
 
 std::string NearestTo(const model::ModelConfig& config, const QuantSettings& wanted, const Rule& problem) {
   const QuantSettings* best = nullptr;
   std::vector<QuantSettings> all;
-  for (const int64_t bits : {wanted.bits, int64_t{2}, int64_t{3}, int64_t{4}, int64_t{8}}) {
+  std::vector<std::vector<int64_t>> widths = {Widths(wanted), {4}, {3}, {8}, {2}};
+  if (IsMixed(wanted)) widths.push_back({4, 8});
+  for (const std::vector<int64_t>& bits : widths) {
     for (const int64_t group : {wanted.group_size, int64_t{-1}, int64_t{16}, int64_t{32}, int64_t{64}, int64_t{128}}) {
       for (const bool keep : {true, false}) {
         QuantSettings s = wanted;
-        s.bits = bits;
+        s.bits = bits.front();
+        s.mixed.assign(bits.begin() + 1, bits.end());
         s.group_size = group;
-        if (bits != wanted.bits) s.mixed.clear();
         all.push_back(s);
         if (keep) continue;
         s.symmetric = true;
         s.act_order = s.head = false;
-        s.mixed.clear();
         all.push_back(s);
         s.symmetric = wanted.symmetric;
         all.push_back(s);
@@ -231,6 +234,14 @@ std::string NearestTo(const model::ModelConfig& config, const QuantSettings& wan
 }
 
 }  // namespace
+
+std::string GgufBlockProblem(const QuantSettings& s) {
+  const auto wide = [](int64_t bits) { return bits == 8; };
+  const std::vector<int64_t> widths = Widths(s);
+  return FirstOf({s.act_order ? "a permuted g_idx" : "",
+                  !s.symmetric && std::any_of(widths.begin(), widths.end(), wide) ? "zero points with 8 bits" : "",
+                  s.group_size != -1 && s.group_size % 32 != 0 ? Join("groups of ", s.group_size) : ""});
+}
 
 std::string_view FormatName(Format format) {
   switch (format) {

@@ -49,6 +49,9 @@ std::vector<Verdict> LintLoaders(const model::ModelConfig& config, const QuantSe
 // Whether the format can hold such a model at all.
 Status CheckFormat(const model::ModelConfig& config, const QuantSettings& settings, Format format);
 
+// Why codes do not stand in blocks of GGUF as they are, so that layers stand there as 16-bit weights; empty if they do.
+std::string GgufBlockProblem(const QuantSettings& settings);
+
 // The verdicts as an aligned table for a terminal, ending with a line break.
 std::string LintTable(const std::vector<Verdict>& verdicts);
 

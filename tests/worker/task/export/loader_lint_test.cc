@@ -63,6 +63,8 @@ TEST(LoaderLintTest, LayersOfSeveralWidths) {
   const auto verdicts = LintLoaders(SmolLm(), mixed, kAll);
   EXPECT_TRUE(Find(verdicts, Format::kGptq, "GPTQModel").accepts);
   EXPECT_THAT(Find(verdicts, Format::kGptq, "transformers + gptqmodel").why, HasSubstr("dynamic"));
+  EXPECT_EQ(Find(verdicts, Format::kGptq, "transformers + gptqmodel").nearest, "4 bits in every layer");
+  EXPECT_EQ(Find(verdicts, Format::kGptq, "vLLM (Marlin)").nearest, "widths 4, 8");
   EXPECT_TRUE(Find(verdicts, Format::kCompressedTensors, "vLLM (Marlin)").accepts);  // 3 bits stand as 4
   EXPECT_TRUE(Find(verdicts, Format::kGguf, "llama.cpp").accepts);
 }

@@ -201,7 +201,7 @@ Status Run(const Arguments& arguments) {
               before_other.perplexity);
   std::fflush(stdout);
   recover::RecoverInputs tuning{.source = inputs.source.get(), .train = Cut(inputs.train, number("--tuned-length"), 0), .seed = 1};
-  tuning.held_out.assign(tuning.train.end() - kHeldOut, tuning.train.end());
+  tuning.validation.assign(tuning.train.end() - kHeldOut, tuning.train.end());
   tuning.train.resize(tuning.train.size() - kHeldOut);
   PrintingReporter reporter;
   const double begin = Now();

@@ -111,7 +111,7 @@ nlohmann::json Fingerprint(const RecoverInputs& inputs, const RecoverSettings& s
   return {{"seed", inputs.seed},
           {"scales", DigestOfScales(quantized)},
           {"train", quantize::CalibrationDigest(inputs.train)},
-          {"held_out", quantize::CalibrationDigest(inputs.held_out)},
+          {"validation", quantize::CalibrationDigest(inputs.validation)},
           {"steps", s.steps},
           {"tokens_per_step", s.tokens_per_step},
           {"learning_rate", s.learning_rate},
@@ -171,31 +171,31 @@ class Run {
   optim::Schedule schedule_;
   std::vector<optim::Parameter> parameters_;
   std::vector<at::Tensor> best_;            // values at the best measurement, like parameters_
-  std::vector<at::Tensor> source_states_;   // of the held-out sequences, by part
+  std::vector<at::Tensor> source_states_;   // of the validation sequences, by part
   RecoverResult result_;
 };
 
-// The source's hidden states of the held-out sequences: computed once, far smaller than its logits.
+// The source's hidden states of the validation sequences: computed once, far smaller than its logits.
 void Run::SourceStates() {
   const at::NoGradGuard no_grad;
-  for (const std::vector<size_t>& part : Split(inputs_.held_out)) {
+  for (const std::vector<size_t>& part : Split(inputs_.validation)) {
     reporter_.Check();
-    source_states_.push_back(inputs_.source->Hidden(Pack(inputs_.held_out, part, inputs_.source->device())));
+    source_states_.push_back(inputs_.source->Hidden(Pack(inputs_.validation, part, inputs_.source->device())));
   }
 }
 
 double Run::HeldOutKl() const {
   const at::NoGradGuard no_grad;
-  const std::vector<std::vector<size_t>> parts = Split(inputs_.held_out);
+  const std::vector<std::vector<size_t>> parts = Split(inputs_.validation);
   double sum = 0, tokens = 0;
   for (size_t i = 0; i < parts.size(); ++i) {
     reporter_.Check();
-    const at::Tensor hidden = model_->Hidden(Pack(inputs_.held_out, parts[i], inputs_.source->device()));
+    const at::Tensor hidden = model_->Hidden(Pack(inputs_.validation, parts[i], inputs_.source->device()));
     sum += SumDivergence(hidden, source_states_[i], inputs_.source->lm_head, {}).sum;
     tokens += static_cast<double>(hidden.size(0));
   }
   if (!std::isfinite(sum)) {
-    throw runtime::NumericException(Join("recovery, step ", result_.steps, ": the held-out KL is not finite"));
+    throw runtime::NumericException(Join("recovery, step ", result_.steps, ": the validation KL is not finite"));
   }
   return sum / tokens;
 }
@@ -337,26 +337,29 @@ StatusOr<RecoverResult> Recover(const RecoverInputs& inputs, const RecoverSettin
   RF_RETURN_IF_ERROR(CheckSettings(settings));
   if (!quantized->norms.empty()) return InvalidArgument("the quantized model was recovered already");
   RF_RETURN_IF_ERROR(CheckSequences(inputs.train, inputs.source->config(), "training"));
-  RF_RETURN_IF_ERROR(CheckSequences(inputs.held_out, inputs.source->config(), "held-out"));
+  RF_RETURN_IF_ERROR(CheckSequences(inputs.validation, inputs.source->config(), "validation"));
   RF_ASSIGN_OR_RETURN(auto model, TunableModel::Make(*inputs.source, *quantized, settings.norm_learning_rate > 0));
   Run run(inputs, settings, paths, reporter, *quantized, std::move(model));
   if (!paths.resume.empty()) RF_RETURN_IF_ERROR(run.Resume());
   RF_ASSIGN_OR_RETURN(const RecoverResult result, run.Tune());
   if (result.best_step == 0) {
-    reporter.Note("recover_kept", Join("no change of the scales lowered the held-out KL of ", result.kl_before,
+    reporter.Note("recover_kept", Join("no change of the scales lowered the validation KL of ", result.kl_before,
                                        " nats per token; the quantized model stays as it was"));
     return result;
   }
   for (auto& [module, scales] : run.model().StoredScales()) quantized->linears.at(module).scales = scales;
   quantized->norms = run.model().StoredNorms();
   quantized->recovery = {{"steps", result.best_step},
+                         {"scheduled_steps", settings.steps},
+                         {"evaluate_every", settings.evaluate_every},
+                         {"patience", settings.patience},
                          {"tokens_per_step", settings.tokens_per_step},
                          {"learning_rate", settings.learning_rate},
                          {"norm_learning_rate", settings.norm_learning_rate},
                          {"layer_weight", settings.layer_weight},
                          {"seed", inputs.seed},
                          {"train_digest", quantize::CalibrationDigest(inputs.train)},
-                         {"held_out_digest", quantize::CalibrationDigest(inputs.held_out)},
+                         {"validation_digest", quantize::CalibrationDigest(inputs.validation)},
                          {"kl_before", result.kl_before},
                          {"kl_after", result.kl_after}};
   return result;

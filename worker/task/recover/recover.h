@@ -7,7 +7,7 @@
 //                    + layer_weight x mean over layers and positions of |h - h_source|^2 / |h_source|^2, h a layer's output
 //
 // Parameters are relative changes (tunable_model.h); AdamW, linear warm-up, half a cosine. The source's distributions are
-// computed in the same step: nothing is cached. Every so many steps the KL of held-out sequences is measured with the values
+// computed in the same step: nothing is cached. Every so many steps the KL of validation sequences is measured with the values
 // that would be stored; the best ones are kept, and the run ends early when they do not get better. Where nothing got better
 // than the artifact was, it stays as it was, with a note.
 //
@@ -40,7 +40,7 @@ struct RecoverSettings {
   double weight_decay = 0;            // pulls changes back to 0
   double clip_norm = 0;               // of all gradients together; 0 = none
   double layer_weight = 40;           // of the distance of the layers' outputs beside the KL; 0 = the KL alone
-  int64_t evaluate_every = 60;        // steps between two measurements of the held-out KL
+  int64_t evaluate_every = 60;        // steps between two measurements of the validation KL
   int64_t patience = 1;               // measurements without a new best before the run ends; 0 = never
   int64_t checkpoint_every = 0;       // steps; 0 = none
 };
@@ -48,7 +48,7 @@ struct RecoverSettings {
 struct RecoverInputs {
   const model::CausalLm* source = nullptr;               // full precision, adapter merged
   std::vector<std::vector<int32_t>> train;               // token sequences of at least two tokens
-  std::vector<std::vector<int32_t>> held_out;            // none of them in `train`
+  std::vector<std::vector<int32_t>> validation;          // none of them in `train`
   uint64_t seed = 0;
 };
 
@@ -59,14 +59,14 @@ struct RecoverPaths {
 
 struct RecoverPoint {
   int64_t step = 0;
-  double kl = 0;  // held-out, nats per token
+  double kl = 0;  // on the validation sequences, nats per token
 };
 
 struct RecoverResult {
   int64_t steps = 0;               // updates made
   int64_t best_step = 0;           // whose values are stored; 0 = the artifact as it was
   uint64_t tokens = 0;             // trained
-  double kl_before = 0, kl_after = 0;  // held-out, nats per token, with stored values
+  double kl_before = 0, kl_after = 0;  // on the validation sequences, nats per token, with stored values
   std::vector<RecoverPoint> curve;
   bool stopped_early = false;
 };

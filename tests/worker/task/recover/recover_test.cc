@@ -26,7 +26,7 @@ struct Task {
   Task() {
     inputs.source = source.get();
     inputs.train = refinery::testing::TinyCalibration(40);
-    inputs.held_out.assign(inputs.train.end() - 10, inputs.train.end());
+    inputs.validation.assign(inputs.train.end() - 10, inputs.train.end());
     inputs.train.resize(30);
     inputs.seed = 3;
   }
@@ -44,12 +44,12 @@ bool SameBits(const quantize::QuantizedModel& a, const quantize::QuantizedModel&
   return true;
 }
 
-// KL of the held-out sequences in double, from plain models.
-double HeldOutKl(const Task& task) {
+// KL of the validation sequences in double, from plain models.
+double ValidationKl(const Task& task) {
   const auto source = Source(), plain = Source();
   EXPECT_THAT(quantize::ApplyQuantized(*plain, task.quantized), IsOk());
   double sum = 0, tokens = 0;
-  for (const std::vector<int32_t>& sequence : task.inputs.held_out) {
+  for (const std::vector<int32_t>& sequence : task.inputs.validation) {
     const at::Tensor ids = at::tensor(std::vector<int64_t>(sequence.begin(), sequence.end()), at::kLong);
     const model::PackedBatch batch{.token_ids = ids, .lengths = {ids.size(0)}};
     const at::Tensor log_p = source->Logits(source->Hidden(batch)).to(at::kDouble).log_softmax(1);
@@ -64,12 +64,12 @@ double HeldOutKl(const Task& task) {
 TEST(RecoverTest, LowersTheKlAndKeepsTheFormat) {
   Task task;
   const quantize::QuantizedModel before = task.quantized;
-  const double kl_before = HeldOutKl(task);
+  const double kl_before = ValidationKl(task);
   runtime::NullReporter reporter;
   const auto result = Recover(task.inputs, task.settings, {}, reporter, &task.quantized);
   ASSERT_THAT(result, IsOk());
   EXPECT_NEAR(result->kl_before, kl_before, 1e-5 * kl_before);
-  EXPECT_NEAR(result->kl_after, HeldOutKl(task), 1e-5 * kl_before);
+  EXPECT_NEAR(result->kl_after, ValidationKl(task), 1e-5 * kl_before);
   EXPECT_LT(result->kl_after, 0.97 * result->kl_before);
   EXPECT_EQ(result->steps, 12);
   EXPECT_EQ(result->curve.size(), 5u);  // before, and after 3, 6, 9 and 12 steps
@@ -111,7 +111,7 @@ TEST(RecoverTest, NeverReturnsSomethingWorseAndStopsEarly) {
   task.settings.steps = 100;
   task.settings.evaluate_every = 2;
   task.settings.patience = 2;
-  // Held-out text that the source itself quantized best: the artifact of 8 bits has next to nothing to recover.
+  // Validation text that the source itself quantized best: the artifact of 8 bits has next to nothing to recover.
   task.quantized = quantize::RoundModelToNearest(*Source(), {.bits = 8, .group_size = 16});
   const quantize::QuantizedModel before = task.quantized;
   RecordingReporter reporter;
@@ -199,9 +199,9 @@ TEST(RecoverTest, BadInputsAreNamed) {
   };
   const auto invalid = [](const char* text) { return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(text)); };
   EXPECT_THAT(status([](Task* t) { t->inputs.train.clear(); }), invalid("at least one training sequence"));
-  EXPECT_THAT(status([](Task* t) { t->inputs.held_out.clear(); }), invalid("at least one held-out sequence"));
+  EXPECT_THAT(status([](Task* t) { t->inputs.validation.clear(); }), invalid("at least one validation sequence"));
   EXPECT_THAT(status([](Task* t) { t->inputs.train[2].clear(); }), invalid("training sequence 3 is empty"));
-  EXPECT_THAT(status([](Task* t) { t->inputs.held_out[1][0] = 80; }), invalid("token id 80"));
+  EXPECT_THAT(status([](Task* t) { t->inputs.validation[1][0] = 80; }), invalid("token id 80"));
   EXPECT_THAT(status([](Task* t) { t->inputs.train[0].resize(300); }), invalid("has 300 tokens, the model takes 256"));
   EXPECT_THAT(status([](Task* t) { t->settings.steps = 0; }), invalid("recover.steps"));
   EXPECT_THAT(status([](Task* t) { t->settings.learning_rate = 1; }), invalid("recover.learning_rate"));

@@ -2,8 +2,11 @@
 
 #include "worker/task/runtime/torch.h"
 
+#include <algorithm>
+
 #include "common/files.h"
 #include "worker/task/checkpoint/peft_adapter.h"
+#include "worker/task/export/gguf_blocks.h"
 #include "worker/task/models.h"
 #include "worker/task/quantize/quantized_artifact.h"
 #include "worker/task/tasks.h"
@@ -11,6 +14,21 @@
 namespace refinery::task {
 
 namespace {
+
+// What of a GGUF file is not as the recipe's words suggest.
+void NoteGguf(const ExportSpec& spec, const checkpoint::ModelFolder& base, const quantize::QuantizedModel& quantized, TaskContext& context) {
+  const auto plain = std::count_if(quantized.linears.begin(), quantized.linears.end(), [](const auto& entry) {
+    quantize::QuantizedLinear widened = entry.second;
+    widened.bits = std::max<int64_t>(widened.bits, 4);
+    return !exporting::HasBlocks(widened);
+  });
+  if (plain > 0)
+    context.events.Note("gguf_plain_weights", Join(plain, " of ", quantized.linears.size(), " linear layers of model.gguf are 16-bit weights: no block type "
+                                                   "holds their codes"));
+  const StatusOr<model::ModelConfig> config = model::ModelConfig::FromJson(base.config());
+  if (spec.gguf_head_q8_0 && config.ok() && config->tie_word_embeddings)
+    context.events.Note("gguf_head_tied", "export.gguf.head has no effect: this model's head is its embeddings, whose type export.gguf.embeddings gives");
+}
 
 // One folder per format, named like it, from the same codes; each is read back before it counts.
 Status ExportFormats(const ExportSpec& spec, TaskContext& context, const checkpoint::ModelFolder& base,
@@ -29,6 +47,7 @@ Status ExportFormats(const ExportSpec& spec, TaskContext& context, const checkpo
       case exporting::Format::kGguf:
         RF_RETURN_IF_ERROR(exporting::ExportGgufFolder(
             base, quantized, card, {.embeddings_q8_0 = spec.gguf_embeddings_q8_0, .head_q8_0 = spec.gguf_head_q8_0}, folder));
+        NoteGguf(spec, base, quantized, context);
         break;
     }
     RF_ASSIGN_OR_RETURN(const exporting::ModelBytes bytes, exporting::BytesOf(folder));

@@ -2,6 +2,7 @@
 
 #include "worker/task/export/folder_files.h"
 
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "common/digest.h"
@@ -142,7 +143,12 @@ Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::p
 
 std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::QuantizedModel& quantized) {
   const quantize::GptqSettings& s = quantized.settings;
-  std::vector<std::pair<std::string, std::string>> facts = {{"bits", Join(s.bits)},
+  std::map<int64_t, int64_t> layers;
+  for (const auto& [module, linear] : quantized.linears) ++layers[linear.bits];
+  std::string bits;
+  for (const auto& [width, count] : layers)
+    bits += Join(bits.empty() ? "" : ", ", width, layers.size() == 1 ? "" : Join(" (", count, " linear layers)"));
+  std::vector<std::pair<std::string, std::string>> facts = {{"bits", bits},
                  {"group size", s.group_size == -1 ? "one group a row" : Join(s.group_size)},
                  {"quantized weights", Join(quantize::QuantizedBytes(quantized), " bytes")}};
   if (quantized.calibration_tokens > 0) {
@@ -156,6 +162,7 @@ std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::
 
 nlohmann::json Provenance(const quantize::QuantizedModel& quantized) {
   nlohmann::json facts = {{"quantizer", {Join("refinery:", REFINERY_VERSION)}},
+                          {"settings", quantize::SettingsToJson(quantized.settings)},
                           {"calibration_digest", quantized.calibration_digest},
                           {"calibration_tokens", quantized.calibration_tokens}};
   if (quantized.calibration_facts.is_object() && !quantized.calibration_facts.empty()) facts["calibration"] = quantized.calibration_facts;

@@ -24,7 +24,8 @@ Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::p
 std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::QuantizedModel& quantized);
 
 // Seeds, shares, settings and digests: what is needed, beside the model and the format's own settings, to make the same codes and scales
-// again. `quantizer`, `calibration_digest`, `calibration_tokens`, and `calibration` and `recovery` (docs/formats.md) where there are any.
+// again. `quantizer`, `settings`, `calibration_digest`, `calibration_tokens`, and `calibration` and `recovery` (docs/formats.md) where
+// there are any.
 nlohmann::json Provenance(const quantize::QuantizedModel& quantized);
 
 }  // namespace refinery::exporting

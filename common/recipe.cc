@@ -70,7 +70,8 @@ void FillSearch(v1::Search* search) {
 
 void FillRest(v1::Recipe* recipe) {
   v1::Gptq* gptq = recipe->mutable_quantize()->mutable_gptq();
-  gptq->set_bits(Or(gptq->bits(), 4));
+  const bool budget = gptq->bits_budget() != 0 || gptq->bytes_budget() != 0;
+  if (!budget) gptq->set_bits(Or(gptq->bits(), 4));
   gptq->set_group_size(Or(gptq->group_size(), 64));
   gptq->set_damp_fraction(Or(gptq->damp_fraction(), 0.01));
   gptq->set_calibration_tokens(Or(gptq->calibration_tokens(), 16384));
@@ -85,7 +86,8 @@ void FillRest(v1::Recipe* recipe) {
   if (!recover->has_enabled()) recover->set_enabled(true);
   recover->set_steps(Or(recover->steps(), 120));
   recover->set_tokens_per_step(Or(recover->tokens_per_step(), 512));
-  recover->set_learning_rate(Or(recover->learning_rate(), gptq->bits() < 4 ? 0.004 : 0.0025));
+  // Under a budget the task takes the rate of the widths that came out.
+  if (!budget) recover->set_learning_rate(Or(recover->learning_rate(), gptq->bits() < 4 ? 0.004 : 0.0025));
   recover->set_sequence_length(Or(recover->sequence_length(), 512));
   if (!recover->has_patience()) recover->set_patience(1);
   if (!recover->has_layer_weight()) recover->set_layer_weight(40);
@@ -96,7 +98,7 @@ void FillRest(v1::Recipe* recipe) {
   evaluate->set_shards(Or(evaluate->shards(), 1));
   v1::Export* written = recipe->mutable_export_();
   if (written->formats().empty()) written->add_formats("gptq");
-  if ((gptq->bits_budget() != 0 || gptq->bytes_budget() != 0) && gptq->widths().empty()) {
+  if (budget && gptq->widths().empty()) {
     // compressed-tensors and GGUF would store 2 and 3 bits as 4 and exceed the budget.
     const bool all = std::none_of(written->formats().begin(), written->formats().end(),
                                   [](const std::string& format) { return format == "compressed_tensors" || format == "gguf"; });

@@ -224,6 +224,8 @@ Status CheckCalibration(const v1::CalibrationMix& mix) {
                  "quantize.gptq.calibration.duplicate_threshold", "> 0 and at most 1", mix.duplicate_threshold());
 }
 
+bool HasBudget(const v1::Gptq& gptq) { return gptq.bits_budget() != 0 || gptq.bytes_budget() != 0; }
+
 // What else quantization is held to: a size, a quality.
 Status CheckBudgets(const v1::Gptq& gptq) {
   if (gptq.bits_budget() != 0) {
@@ -231,7 +233,9 @@ Status CheckBudgets(const v1::Gptq& gptq) {
     if (gptq.bytes_budget() != 0)
       return InvalidArgument("quantize.gptq.bytes_budget goes not together with quantize.gptq.bits_budget; give one of them");
   }
-  if (!gptq.widths().empty() && gptq.bits_budget() == 0 && gptq.bytes_budget() == 0)
+  if (HasBudget(gptq) && gptq.bits() != 0)
+    return InvalidArgument("quantize.gptq.bits goes not together with a budget, under which each layer gets one of quantize.gptq.widths; leave it out");
+  if (!gptq.widths().empty() && !HasBudget(gptq))
     return InvalidArgument("quantize.gptq.widths are for a budget; give quantize.gptq.bits_budget or bytes_budget, or bits instead of widths");
   for (int i = 0; i < gptq.widths_size(); ++i) {
     const uint32_t bits = gptq.widths(i);
@@ -252,7 +256,7 @@ Status CheckGptq(const v1::Gptq& gptq) {
   RF_RETURN_IF_ERROR(Between("quantize.gptq.alpha", gptq.alpha(), 0, 1));
   RF_RETURN_IF_ERROR(CheckBudgets(gptq));
   RF_RETURN_IF_ERROR(CheckCalibration(gptq.calibration()));
-  if (gptq.bits() != 2 && gptq.bits() != 3 && gptq.bits() != 4 && gptq.bits() != 8)
+  if (!HasBudget(gptq) && gptq.bits() != 2 && gptq.bits() != 3 && gptq.bits() != 4 && gptq.bits() != 8)
     return InvalidArgument("quantize.gptq.bits must be 2, 3, 4 or 8, is ", gptq.bits());
   if (gptq.group_size() != -1 && gptq.group_size() <= 0)
     return InvalidArgument("quantize.gptq.group_size must be > 0, or -1 for one group per row, is ", gptq.group_size());
@@ -271,21 +275,24 @@ Status CheckExport(const v1::Export& written, const v1::Gptq& gptq) {
     if (!seen.insert(format).second) return InvalidArgument(field, " is '", format, "' again; name each once");
     if (format != "compressed_tensors") continue;
     // GGUF holds everything, some of it as 16-bit weights; of compressed-tensors single layers of 2 and 3 bits can stand as 4.
-    const bool mixed = gptq.bits_budget() > 0 || gptq.bytes_budget() > 0;
-    if (!mixed && gptq.bits() != 4 && gptq.bits() != 8)
+    if (!HasBudget(gptq) && gptq.bits() != 4 && gptq.bits() != 8)
       return InvalidArgument(field, " is '", format, "', which holds 4 and 8 bits; quantize.gptq.bits is ", gptq.bits());
     if (gptq.order() == "classic")
       return InvalidArgument(field, " is '", format, "', which holds no permuted columns; quantize.gptq.order is 'classic'");
   }
   for (const auto& [field, value] : {std::pair{"export.gguf.embeddings", written.gguf().embeddings()},
                                      std::pair{"export.gguf.head", written.gguf().head()}})
-    if (!value.empty()) RF_RETURN_IF_ERROR(OneOf(field, value, {"source", "q8_0"}));
+    if (!value.empty()) {
+      RF_RETURN_IF_ERROR(OneOf(field, value, {"source", "q8_0"}));
+      if (!seen.contains("gguf")) return InvalidArgument(field, " is for the format gguf, which export.formats does not name; add it, or leave the field out");
+    }
   return absl::OkStatus();
 }
 
-Status CheckRecover(const v1::Recover& recover) {
+Status CheckRecover(const v1::Recover& recover, const v1::Gptq& gptq) {
   RF_RETURN_IF_ERROR(Between("quantize.recover.steps", recover.steps(), 1, 1e6));
-  RF_RETURN_IF_ERROR(Between("quantize.recover.learning_rate", recover.learning_rate(), 1e-7, 0.1));
+  if (!HasBudget(gptq) || recover.learning_rate() != 0)
+    RF_RETURN_IF_ERROR(Between("quantize.recover.learning_rate", recover.learning_rate(), 1e-7, 0.1));
   RF_RETURN_IF_ERROR(Between("quantize.recover.layer_weight", recover.layer_weight(), 0, 1e6));
   RF_RETURN_IF_ERROR(Between("quantize.recover.sequence_length", recover.sequence_length(), 2, 1e6));
   return Require(recover.tokens_per_step() >= recover.sequence_length(), "quantize.recover.tokens_per_step",
@@ -325,7 +332,7 @@ Status CheckRecipe(const v1::Recipe& recipe) {
   RF_RETURN_IF_ERROR(CheckSearch(recipe.search()));
   RF_RETURN_IF_ERROR(CheckGptq(recipe.quantize().gptq()));
   RF_RETURN_IF_ERROR(CheckExport(recipe.export_(), recipe.quantize().gptq()));
-  RF_RETURN_IF_ERROR(CheckRecover(recipe.quantize().recover()));
+  RF_RETURN_IF_ERROR(CheckRecover(recipe.quantize().recover(), recipe.quantize().gptq()));
   RF_RETURN_IF_ERROR(CheckEvaluate(recipe.evaluate()));
   return Between("resources.threads", recipe.resources().threads(), 0, 4096);
 }

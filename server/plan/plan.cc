@@ -199,12 +199,9 @@ class Planner {
     v1::Gptq ungated = gptq;
     ungated.clear_max_kl();
     ungated.clear_max_ppl_ratio();
-    *Add("quantize/student", v1::QUANTIZE, std::move(inputs), Join(how, " of the untouched student"))
-         ->mutable_quantize()
-         ->mutable_gptq() = ungated;
-    *Add("quantize/refined", v1::QUANTIZE, std::move(refined), Join(how, " of the refined model"))
-         ->mutable_quantize()
-         ->mutable_gptq() = Recovers() ? ungated : gptq;
+    SetQuantize(ungated, Add("quantize/student", v1::QUANTIZE, std::move(inputs), Join(how, " of the untouched student")));
+    SetQuantize(Recovers() ? ungated : gptq,
+                Add("quantize/refined", v1::QUANTIZE, std::move(refined), Join(how, " of the refined model")));
     if (!Recovers()) return;
     const v1::Recover& recover = recipe_.quantize().recover();
     v1::RecoverParams* params = Add("recover/refined", v1::RECOVER,
@@ -217,6 +214,12 @@ class Planner {
     gate->set_max_ppl_ratio(gptq.max_ppl_ratio());
     gate->set_held_out_tokens(gptq.held_out_tokens());
     gate->set_sequence_length(gptq.sequence_length());
+  }
+
+  // Without a budget the formats change no codes: other formats find the same result.
+  void SetQuantize(const v1::Gptq& gptq, v1::TaskSpec* spec) const {
+    *spec->mutable_quantize()->mutable_gptq() = gptq;
+    if (gptq.bits_budget() > 0 || gptq.bytes_budget() > 0) *spec->mutable_quantize()->mutable_formats() = recipe_.export_().formats();
   }
 
   bool Recovers() const { return recipe_.quantize().recover().enabled(); }
@@ -320,7 +323,6 @@ class Planner {
             "write the model folders and the manifest")
             ->mutable_export_();
     params->set_name(recipe_.name());
-    *params->mutable_gptq() = Gptq();
     params->set_merged_model(recipe_.export_().merged_model());
     *params->mutable_formats() = recipe_.export_().formats();
     *params->mutable_gguf() = recipe_.export_().gguf();

@@ -193,6 +193,8 @@ TEST(RecipeTest, RangesOfDistillation) {
            {"quantize: {gptq: {alpha: 1.5}}", "quantize.gptq.alpha must be from 0 to 1, is 1.5"},
            {"quantize: {gptq: {bits_budget: 1.5}}", "quantize.gptq.bits_budget must be from 2 to 9, is 1.5"},
            {"quantize: {gptq: {bits_budget: 3.5, bytes_budget: 1000}}", "quantize.gptq.bytes_budget goes not together"},
+           {"quantize: {gptq: {bits: 3, bits_budget: 3.5}}", "quantize.gptq.bits goes not together with a budget"},
+           {"export: {gguf: {embeddings: q8_0}}", "export.gguf.embeddings is for the format gguf, which export.formats does not name"},
            {"quantize: {gptq: {widths: [3, 4]}}", "quantize.gptq.widths are for a budget; give quantize.gptq.bits_budget"},
            {"quantize: {gptq: {bits_budget: 5, widths: [4, 6]}}", "quantize.gptq.widths[1] must be 2, 3, 4 or 8, is 6"},
            {"quantize: {gptq: {bits_budget: 5, widths: [4, 4]}}", "quantize.gptq.widths[1] is 4 after 4; give each once, ascending"},
@@ -284,8 +286,12 @@ TEST(RecipeTest, FormatsOfTheExport) {
   EXPECT_THAT(Error("export: {formats: [compressed_tensors]}\nquantize: {gptq: {order: classic}}\n"), HasSubstr("permuted"));
   EXPECT_THAT(Error("export: {formats: [gguf], gguf: {embeddings: q4_0}}\n"), HasSubstr("export.gguf.embeddings"));
   const v1::Recipe mixed = Parsed(std::string(kSmallest) + "export: {formats: [gguf, gptq_v2], gguf: {embeddings: q8_0}}\n"
-                                                           "quantize: {gptq: {bits: 3, bits_budget: 4.5}}\n");
+                                                           "quantize: {gptq: {bits_budget: 4.5}}\n");
   EXPECT_EQ(mixed.export_().formats_size(), 2);
+  // What came of the widths decides later.
+  EXPECT_EQ(mixed.quantize().gptq().bits(), 0u);
+  EXPECT_EQ(mixed.quantize().recover().learning_rate(), 0);
+  EXPECT_EQ(Parsed(std::string(kSmallest) + "quantize: {gptq: {bits: 3}}\n").quantize().recover().learning_rate(), 0.004);
 }
 
 TEST(RecipeTest, WidthsOfABudgetAreThoseThatTheFormatsHold) {

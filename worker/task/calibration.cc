@@ -96,7 +96,7 @@ StatusOr<Calibration> MakeCalibration(const CalibrationRequest& request, const t
     return FailedPrecondition("no curated examples to calibrate with: lower the filters of `critique` and `curate`");
   if (general > 0 && request.general.empty())
     return FailedPrecondition("quantize.gptq.calibration.general_share is ", request.general_share,
-                              ", but there is no general text: name a file in quantize.gptq.calibration.general");
+                              ", but the file of quantize.gptq.calibration.general holds no text; give one that does, or leave it out");
   Calibration calibration;
   Seen seen(request.duplicate_threshold);
   if (general < windows) {

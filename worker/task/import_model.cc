@@ -7,6 +7,7 @@
 #include "worker/task/quantize/mixed_bits.h"
 #include "worker/task/quantize/model_quantizer.h"
 #include "worker/task/quantize/quantize_plan.h"
+#include "worker/task/size_budget.h"
 #include "worker/task/tasks.h"
 
 namespace refinery::task {
@@ -15,14 +16,15 @@ namespace {
 // Formats that cannot hold the settings, or the tokenizer, are refused; loaders that will not take them are noted.
 Status Lint(const ImportModelSpec& spec, const TaskContext& context, const ResolvedModel& imported, const model::ModelConfig& config) {
   RF_ASSIGN_OR_RETURN(const std::vector<exporting::Format> formats, exporting::FormatsOf(spec.formats));
-  exporting::QuantSettings settings{.bits = spec.gptq.bits, .group_size = spec.gptq.group_size,
-                                    .symmetric = spec.gptq.grid != "asymmetric", .act_order = spec.gptq.order == "classic"};
-  // Which layer gets which width is not known yet.
-  if (spec.gptq.HasBudget()) settings.mixed = spec.gptq.widths;
+  const exporting::QuantSettings settings = LoaderSettings(spec.gptq);
   for (const exporting::Format format : formats) {
     RF_RETURN_IF_ERROR(exporting::CheckFormat(config, settings, format));
-    if (format == exporting::Format::kGguf)
-      RF_RETURN_IF_ERROR(exporting::GgufVocabulary(imported.folder->path(), config.vocab_size).status());
+    if (format != exporting::Format::kGguf) continue;
+    RF_RETURN_IF_ERROR(exporting::GgufVocabulary(imported.folder->path(), config.vocab_size).status());
+    if (const std::string problem = exporting::GgufBlockProblem(settings); !problem.empty())
+      context.events.Note("gguf_plain_weights", Join("gguf: ", problem, ": no block type holds such layers, which will stand there as 16-bit "
+                                                     "weights; a group size that 32 divides, without classic order, or zero points "
+                                                     "at 8 bits, keeps the codes"));
   }
   for (const exporting::Verdict& verdict : exporting::LintLoaders(config, settings, formats)) {
     if (verdict.accepts) continue;
@@ -33,12 +35,13 @@ Status Lint(const ImportModelSpec& spec, const TaskContext& context, const Resol
 }
 
 // The bounds of size and memory that quantization could never keep to.
-Status CheckBounds(const GptqSpec& gptq, const model::ModelConfig& config) {
-  if (gptq.HasBudget())
-    RF_RETURN_IF_ERROR(quantize::CheckBudget(config, gptq.group_size, gptq.widths,
-                                             {.bits_per_weight = gptq.bits_budget, .bytes = gptq.bytes_budget}));
+Status CheckBounds(const GptqSpec& gptq, const std::vector<std::string>& formats, const model::ModelConfig& config) {
+  if (gptq.HasBudget()) {
+    RF_ASSIGN_OR_RETURN(const quantize::SizeOf bytes, StoredSize(gptq, formats));
+    RF_RETURN_IF_ERROR(quantize::CheckBudget(config, bytes, gptq.widths, BudgetOf(gptq)));
+  }
   if (gptq.memory_mib == 0) return absl::OkStatus();
-  const quantize::PlanRequest request{.calibration_tokens = gptq.calibration_tokens, .native_stream = gptq.alpha > 0};
+  const quantize::PlanRequest request = PlanRequestOf(gptq, gptq.calibration_tokens, 0);
   return quantize::MakePlan(config, request, gptq.memory_mib << 20, {.forward = 1, .hessian = 1, .factor = 1, .columns = 1}).status();
 }
 
@@ -48,7 +51,7 @@ Status CheckFits(const ImportModelSpec& spec, const TaskContext& context, const 
   if (spec.gptq.bits > 0) {
     RF_RETURN_IF_ERROR(quantize::CheckGroupSize(config, spec.gptq.bits, spec.gptq.group_size));
     RF_RETURN_IF_ERROR(Lint(spec, context, imported, config));
-    RF_RETURN_IF_ERROR(CheckBounds(spec.gptq, config));
+    RF_RETURN_IF_ERROR(CheckBounds(spec.gptq, spec.formats, config));
   }
   if (!context.HasInput("student")) return absl::OkStatus();
   RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));

@@ -11,7 +11,7 @@
 namespace refinery::task {
 namespace {
 
-constexpr char kFix[] = "; give more bits, a smaller group_size or more calibration_tokens, or a wider bound";
+constexpr char kFix[] = "; give more bits (or a larger budget), a smaller group_size or more calibration_tokens, or a wider bound";
 
 }  // namespace
 

@@ -13,13 +13,13 @@
 #include "worker/task/quantize/model_quantizer.h"
 #include "worker/task/quantize/quantize_plan.h"
 #include "worker/task/quantize/quantized_artifact.h"
+#include "worker/task/size_budget.h"
 #include "worker/task/tasks.h"
 
 namespace refinery::task {
 namespace {
 
 constexpr int kCodeVersion = 2;  // of the quantizer: rises when the same inputs would give other codes
-constexpr int64_t kProbeTokens = 8192;
 constexpr char kBitsFact[] = "bits_by_module";
 
 StatusOr<quantize::GptqSettings> SettingsOf(const GptqSpec& spec) {
@@ -43,10 +43,9 @@ StatusOr<std::vector<std::string>> GeneralText(const TaskContext& context) {
   return NotFound("input 'general' holds no file");
 }
 
+// From the train split: recovery is judged on the validation split, gates on the held-out one.
 StatusOr<Calibration> Calibrate(const GptqSpec& spec, const tokenizer::Tokenizer& tokenizer, TaskContext& context, nlohmann::json* facts) {
-  RF_ASSIGN_OR_RETURN(std::vector<data::Example> examples, data::ReadExamples(context.inputs / "examples" / "train.jsonl"));
-  RF_ASSIGN_OR_RETURN(std::vector<data::Example> validation, data::ReadExamples(context.inputs / "examples" / "validation.jsonl"));
-  examples.insert(examples.end(), validation.begin(), validation.end());
+  RF_ASSIGN_OR_RETURN(const std::vector<data::Example> examples, data::ReadExamples(context.inputs / "examples" / "train.jsonl"));
   CalibrationRequest request{.examples = &examples, .general_share = spec.general_share, .tokens = spec.calibration_tokens,
                              .sequence_length = spec.sequence_length, .seed = spec.calibration_seed};
   if (spec.duplicate_threshold > 0) request.duplicate_threshold = spec.duplicate_threshold;
@@ -70,7 +69,7 @@ StatusOr<Calibration> Calibrate(const GptqSpec& spec, const tokenizer::Tokenizer
 }
 
 // Everything that the codes depend on.
-StatusOr<nlohmann::json> Fingerprint(const GptqSpec& spec, const quantize::GptqSettings& settings, const ResolvedModel& student,
+StatusOr<nlohmann::json> Fingerprint(const GptqSpec& spec, const std::vector<std::string>& formats, const quantize::GptqSettings& settings, const ResolvedModel& student,
                                      const Calibration& calibration, const TaskContext& context) {
   std::string adapter;
   if (context.HasInput("adapter")) {
@@ -84,13 +83,15 @@ StatusOr<nlohmann::json> Fingerprint(const GptqSpec& spec, const quantize::GptqS
                         {"bits_budget", spec.bits_budget},
                         {"bytes_budget", spec.bytes_budget},
                         {"widths", spec.widths},
+                        {"formats", formats},
                         {"code", Join(REFINERY_VERSION, "/", kCodeVersion)}};
 }
 
 // Bits by module where there is a size to keep to; measured once and kept in the journal.
-StatusOr<std::map<std::string, int64_t>> AllotModules(const GptqSpec& spec, const quantize::GptqSettings& settings,
+StatusOr<std::map<std::string, int64_t>> AllotModules(const QuantizeSpec& task, const quantize::GptqSettings& settings,
                                                       const StreamedModel& model, const Calibration& calibration,
                                                       quantize::Journal& journal, TaskContext& context) {
+  const GptqSpec& spec = task.gptq;
   std::map<std::string, int64_t> bits;
   if (!spec.HasBudget()) return bits;
   const nlohmann::json kept = journal.ReadFact(kBitsFact);
@@ -101,13 +102,14 @@ StatusOr<std::map<std::string, int64_t>> AllotModules(const GptqSpec& spec, cons
   quantize::TokenSequences probe;
   int64_t tokens = 0;
   for (const std::vector<int32_t>& sequence : calibration.sequences) {
-    if (tokens >= kProbeTokens) break;
+    if (tokens >= quantize::kWidthTokens) break;
     probe.ids.push_back(sequence);
     tokens += static_cast<int64_t>(sequence.size());
   }
+  RF_ASSIGN_OR_RETURN(const quantize::SizeOf stored, StoredSize(spec, task.formats));
   RF_ASSIGN_OR_RETURN(const std::vector<quantize::BitsGroup> groups,
-                      quantize::MeasureBits(*model.lm, model.layer, probe, settings, spec.widths, context.events));
-  const int64_t budget = quantize::BudgetBytes(groups, {.bits_per_weight = spec.bits_budget, .bytes = spec.bytes_budget});
+                      quantize::MeasureBits(*model.lm, model.layer, probe, settings, spec.widths, context.events, stored));
+  const int64_t budget = quantize::BudgetBytes(groups, BudgetOf(spec));
   RF_ASSIGN_OR_RETURN(const std::vector<size_t> chosen, quantize::AllotBits(groups, budget));
   bits = quantize::BitsByModule(groups, chosen);
   std::map<int64_t, int64_t> weights;
@@ -121,6 +123,15 @@ StatusOr<std::map<std::string, int64_t>> AllotModules(const GptqSpec& spec, cons
   context.events.Note("mixed_bits", Join(text, "; ", bytes, " of ", budget, " bytes"));
   RF_RETURN_IF_ERROR(journal.WriteFact(kBitsFact, bits));
   return bits;
+}
+
+// The width of most weights: what loaders are told of the whole, beside the layers that differ.
+int64_t CommonWidth(const model::ModelConfig& config, const std::map<std::string, int64_t>& bits) {
+  std::map<int64_t, int64_t> weights;
+  for (const quantize::ModuleSize& size : quantize::ModuleSizes(config)) {
+    for (int64_t layer = 0; layer < config.num_layers; ++layer) weights[bits.at(quantize::ModuleName(layer, size))] += size.in * size.out;
+  }
+  return std::max_element(weights.begin(), weights.end(), [](const auto& a, const auto& b) { return a.second < b.second; })->first;
 }
 
 void MeasureErrors(const quantize::QuantizedModel& quantized, TaskContext& context) {
@@ -177,7 +188,7 @@ int64_t Tokens(const std::vector<std::vector<int32_t>>& sequences) {
 Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
   c10::InferenceMode inference;
   const GptqSpec& gptq = spec.gptq;
-  RF_ASSIGN_OR_RETURN(const quantize::GptqSettings settings, SettingsOf(gptq));
+  RF_ASSIGN_OR_RETURN(quantize::GptqSettings settings, SettingsOf(gptq));
   RF_ASSIGN_OR_RETURN(ResolvedModel student, ResolveInput(context, "student"));
   RF_ASSIGN_OR_RETURN(auto tokenizer, tokenizer::Tokenizer::Load(student.folder->path()));
   RF_ASSIGN_OR_RETURN(const StreamedModel model, OpenStreamed(context, student));
@@ -189,15 +200,14 @@ Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
   nlohmann::json facts;
   RF_ASSIGN_OR_RETURN(const Calibration calibration, Calibrate(gptq, *tokenizer, context, &facts));
   RF_ASSIGN_OR_RETURN(const quantize::TokenSequences held_out, HeldOutText(gptq.gate, *tokenizer, context));
-  const quantize::PlanRequest request{.calibration_tokens = calibration.tokens, .held_out_tokens = Tokens(held_out.ids),
-                                      .native_stream = settings.alpha > 0};
+  const quantize::PlanRequest request = PlanRequestOf(gptq, calibration.tokens, Tokens(held_out.ids));
   RF_ASSIGN_OR_RETURN(const quantize::QuantizePlan plan,
                       quantize::MakePlan(config, request, gptq.memory_mib << 20, quantize::MeasureRates()));
   context.events.Note("quantize_plan", plan.Text());
 
   ::malloc_trim(0);  // what tokenizing and measuring took
 
-  RF_ASSIGN_OR_RETURN(const nlohmann::json fingerprint, Fingerprint(gptq, settings, student, calibration, context));
+  RF_ASSIGN_OR_RETURN(const nlohmann::json fingerprint, Fingerprint(gptq, spec.formats, settings, student, calibration, context));
   const bool checkpoints = !context.checkpoints.empty();
   const std::filesystem::path folder = checkpoints ? context.checkpoints / "journal" : context.outputs / ".journal";
   RF_ASSIGN_OR_RETURN(quantize::Journal journal, quantize::Journal::Open(folder, fingerprint, context.events));
@@ -206,7 +216,8 @@ Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
     context.events.Note("resumed", Join(journal.modules().size(), " modules were quantized before this attempt"));
 
   quantize::QuantizeOptions options{.layers = model.layer, .journal = &journal, .keep_inputs = plan.keep_inputs};
-  RF_ASSIGN_OR_RETURN(options.bits, AllotModules(gptq, settings, model, calibration, journal, context));
+  RF_ASSIGN_OR_RETURN(options.bits, AllotModules(spec, settings, model, calibration, journal, context));
+  if (gptq.HasBudget()) settings.bits = CommonWidth(config, options.bits);
   if (!held_out.ids.empty()) options.held_out = &held_out;
   if (checkpoints) {
     options.publish = [&](int64_t modules) -> Status {

@@ -23,7 +23,7 @@ struct GateSpec {
 };
 
 struct GptqSpec {
-  int64_t bits = 0;
+  int64_t bits = 0;               // under a budget the narrowest of `widths`
   int64_t group_size = 0;
   double damp_fraction = 0;
   int64_t calibration_tokens = 0;
@@ -108,13 +108,14 @@ struct MergeSpec {
 
 struct QuantizeSpec {
   GptqSpec gptq;
+  std::vector<std::string> formats;  // whose size a budget bounds; none = gptq
 };
 
 struct RecoverSpec {
   GateSpec gate;
   int64_t steps = 0;
   int64_t tokens_per_step = 0;
-  double learning_rate = 0;
+  double learning_rate = 0;       // 0 = by the widths of the quantized layers
   double layer_weight = 0;
   int64_t sequence_length = 0;
   int64_t patience = 0;
@@ -138,7 +139,6 @@ struct EvaluateSpec {
 
 struct ExportSpec {
   std::string name;
-  GptqSpec gptq;
   bool merged_model = false;
   std::vector<std::string> formats;
   bool gguf_embeddings_q8_0 = false;

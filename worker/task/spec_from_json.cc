@@ -13,7 +13,8 @@ std::vector<int64_t> Widths(const v1::Gptq& p) {
 }
 
 GptqSpec ToSpec(const v1::Gptq& p) {
-  return {.bits = p.bits(),
+  const bool budget = p.bits_budget() > 0 || p.bytes_budget() > 0;
+  return {.bits = budget ? Widths(p).front() : p.bits(),
           .group_size = p.group_size(),
           .damp_fraction = p.damp_fraction(),
           .calibration_tokens = p.calibration_tokens(),
@@ -106,7 +107,6 @@ EvaluateSpec ToSpec(const v1::EvaluateParams& p) {
 
 ExportSpec ToSpec(const v1::ExportParams& p) {
   return {.name = p.name(),
-          .gptq = ToSpec(p.gptq()),
           .merged_model = p.merged_model(),
           .formats = {p.formats().begin(), p.formats().end()},
           .gguf_embeddings_q8_0 = p.gguf().embeddings() == "q8_0",
@@ -138,7 +138,7 @@ StatusOr<Params> ToParams(const v1::TaskSpec& p, const std::string& name) {
     case v1::TaskSpec::kMerge:
       return MergeSpec{.keep_model = p.merge().keep_model()};
     case v1::TaskSpec::kQuantize:
-      return QuantizeSpec{.gptq = ToSpec(p.quantize().gptq())};
+      return QuantizeSpec{.gptq = ToSpec(p.quantize().gptq()), .formats = {p.quantize().formats().begin(), p.quantize().formats().end()}};
     case v1::TaskSpec::kRecover:
       return ToSpec(p.recover());
     case v1::TaskSpec::kEvaluate:

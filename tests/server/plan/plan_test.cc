@@ -222,6 +222,8 @@ TEST(PlanTest, CalibrationTextIsAnInputAndGatesAreTheDeliveredModels) {
   EXPECT_EQ(refined.spec.quantize().gptq().calibration().general(), "");  // a path of the user's machine changes no task
   EXPECT_EQ(refined.spec.quantize().gptq().calibration().general_share(), 0.25);
   EXPECT_THAT(refined.summary, HasSubstr("3.5 bits a weight on average"));
+  EXPECT_THAT(refined.spec.quantize().formats(), ElementsAre("gptq"));  // what its budget bounds
+  EXPECT_EQ(MustPlan(SmallRecipe()).Find("quantize/refined")->spec.quantize().formats_size(), 0);
 }
 
 // Goal: what recovery can still mend stops no job; the gates move on to the recovered model.

@@ -70,8 +70,8 @@ ProbeTokens Split(const TokenSequences& tokens) {
 class LayerProbe {
  public:
   LayerProbe(const model::CausalLm& model, const ProbeTokens& tokens, const GptqSettings& settings, const std::vector<int64_t>& widths,
-             runtime::Reporter& reporter)
-      : model_(model), tokens_(tokens), settings_(settings), widths_(widths), reporter_(reporter) {
+             const SizeOf& bytes, runtime::Reporter& reporter)
+      : model_(model), tokens_(tokens), settings_(settings), widths_(widths), bytes_(bytes), reporter_(reporter) {
     std::vector<int64_t> ids;
     for (const std::vector<int32_t>& sequence : tokens.errors.ids) ids.insert(ids.end(), sequence.begin(), sequence.end());
     clean_ = model.Embed(at::tensor(ids, at::kLong).to(model.device()));
@@ -174,7 +174,7 @@ class LayerProbe {
     for (const int64_t bits : widths_) {
       BitsOption option{.bits = bits};
       for (const model::Linear* linear : LinearsOf(layer, stage))
-        option.bytes += ModuleBytes(linear->weight.size(0), linear->weight.size(1), bits, settings_.group_size);
+        option.bytes += bytes_(linear->weight.size(0), linear->weight.size(1), bits);
       model::DecoderLayer quantized = layer;
       Quantize(quantized, stage, bits, hessian);
       option.loss = Finite(RelativeError(model_.ForwardLayer(quantized, clean_, tokens_.lengths, rotary_), next), group.name);
@@ -191,6 +191,7 @@ class LayerProbe {
   const ProbeTokens& tokens_;
   const GptqSettings& settings_;
   const std::vector<int64_t>& widths_;
+  const SizeOf& bytes_;
   runtime::Reporter& reporter_;
   int64_t copy_bits_ = 0;
   model::Rotary rotary_;
@@ -206,6 +207,11 @@ int64_t ModuleBytes(int64_t out, int64_t in, int64_t bits, int64_t group_size) {
   return (out * in * bits + out * groups * (16 + bits)) / 8;
 }
 
+int64_t CopiedTokens(int64_t sequence_length) {
+  const int64_t length = std::max<int64_t>(1, sequence_length);
+  return (kCopiedTokens + length - 1) / length * length;
+}
+
 int64_t BudgetBytes(const std::vector<BitsGroup>& groups, const SizeBudget& budget) {
   if (budget.bytes > 0) return budget.bytes;
   double weights = 0;
@@ -213,11 +219,11 @@ int64_t BudgetBytes(const std::vector<BitsGroup>& groups, const SizeBudget& budg
   return static_cast<int64_t>(std::floor(weights * budget.bits_per_weight / 8));
 }
 
-Status CheckBudget(const model::ModelConfig& config, int64_t group_size, const std::vector<int64_t>& widths, const SizeBudget& budget) {
+Status CheckBudget(const model::ModelConfig& config, const SizeOf& bytes, const std::vector<int64_t>& widths, const SizeBudget& budget) {
   int64_t weights = 0, least = 0;
   for (const ModuleSize& size : ModuleSizes(config)) {
     weights += size.in * size.out * config.num_layers;
-    least += ModuleBytes(size.out, size.in, widths.front(), group_size) * config.num_layers;
+    least += bytes(size.out, size.in, widths.front()) * config.num_layers;
   }
   const double least_bits = 8 * static_cast<double>(least) / static_cast<double>(weights);
   const std::string narrowest = Join(widths.front(), " bits, the narrowest of quantize.gptq.widths, take ", least, " bytes in all linear layers");
@@ -279,13 +285,14 @@ std::map<std::string, int64_t> BitsByModule(const std::vector<BitsGroup>& groups
 
 StatusOr<std::vector<BitsGroup>> MeasureBits(const model::CausalLm& model, const LayerLoader& layers, const TokenSequences& tokens,
                                              const GptqSettings& settings, const std::vector<int64_t>& widths,
-                                             runtime::Reporter& reporter) {
+                                             runtime::Reporter& reporter, const SizeOf& bytes) {
   const at::NoGradGuard no_grad;
   std::vector<BitsGroup> groups;
   const int64_t count = layers ? model.config().num_layers : static_cast<int64_t>(model.layers.size());
   const ProbeTokens split = Split(tokens);
   Activations activations(model, split.hessians, /*keep_inputs=*/true);
-  LayerProbe probe(model, split, settings, widths, reporter);
+  const SizeOf size = bytes ? bytes : [&](int64_t out, int64_t in, int64_t bits) { return ModuleBytes(out, in, bits, settings.group_size); };
+  LayerProbe probe(model, split, settings, widths, size, reporter);
   for (int64_t i = 0; i < count; ++i) {
     model::DecoderLayer layer;
     if (layers) {

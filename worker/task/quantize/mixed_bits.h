@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -36,18 +37,25 @@ struct BitsGroup {
   std::vector<BitsOption> options;    // by ascending bits
 };
 
-// Bytes of one module's codes, float16 scales and zero points.
+// Bytes of one module's codes, float16 scales and zero points, as GPTQ folders hold them.
 int64_t ModuleBytes(int64_t out, int64_t in, int64_t bits, int64_t group_size);
+
+// The same as they will be stored; what a budget counts.
+using SizeOf = std::function<int64_t(int64_t out, int64_t in, int64_t bits)>;
+
+// Tokens that widths are measured with, and of these those that have a copy per layer: whole sequences of at least so many.
+inline constexpr int64_t kWidthTokens = 8192;
+int64_t CopiedTokens(int64_t sequence_length);
 
 // One option for each group, as indices, such that their bytes stay within the budget and their losses sum to the least. Exact up to
 // a rounding of sizes to 1 / 16,384 of the range between the smallest and the largest choice.
 StatusOr<std::vector<size_t>> AllotBits(const std::vector<BitsGroup>& groups, int64_t budget_bytes);
 
 // Runs the model as it is over the tokens and measures every one of `widths` (ascending) for every group. `layers` as in
-// QuantizeOptions.
+// QuantizeOptions; `bytes` empty = ModuleBytes.
 StatusOr<std::vector<BitsGroup>> MeasureBits(const model::CausalLm& model, const LayerLoader& layers, const TokenSequences& tokens,
                                              const GptqSettings& settings, const std::vector<int64_t>& widths,
-                                             runtime::Reporter& reporter);
+                                             runtime::Reporter& reporter, const SizeOf& bytes = {});
 
 // Bits by module, as QuantizeOptions takes them.
 std::map<std::string, int64_t> BitsByModule(const std::vector<BitsGroup>& groups, const std::vector<size_t>& chosen);
@@ -62,6 +70,6 @@ struct SizeBudget {
 int64_t BudgetBytes(const std::vector<BitsGroup>& groups, const SizeBudget& budget);
 
 // Before any work: whether the narrowest of `widths` (ascending) keeps to the budget. INVALID_ARGUMENT names the least that would do.
-Status CheckBudget(const model::ModelConfig& config, int64_t group_size, const std::vector<int64_t>& widths, const SizeBudget& budget);
+Status CheckBudget(const model::ModelConfig& config, const SizeOf& bytes, const std::vector<int64_t>& widths, const SizeBudget& budget);
 
 }  // namespace refinery::quantize

@@ -56,6 +56,43 @@ int64_t LayerWeights(const model::ModelConfig& config) {
   return count;
 }
 
+// The widest moment of solving one module: Hessian, its factors and the weights in float32.
+int64_t SolverBytes(const model::ModelConfig& c, bool native_stream) {
+  int64_t solver = 0;
+  for (const ModuleSize& s : ModuleSizes(c)) {
+    const int64_t cross = native_stream ? s.in * s.in * 4 * 3 : 0;  // summed, scaled, and times the inverse
+    const int64_t hessian = s.in * s.in * (s.in <= kFloat64Columns ? 4 * 4 + 8 * 5 : 4 * 4 + 4 * 5) + cross;
+    solver = std::max(solver, hessian + s.in * s.out * 4 * 6);
+  }
+  return solver;
+}
+
+// A chunk: gate and up, their product, hidden states and norms; in attention q k v twice, angles in float32.
+int64_t ForwardBytes(const model::ModelConfig& c, int64_t tokens) {
+  const int64_t query = c.num_heads * c.head_dim, key = c.num_kv_heads * c.head_dim, chunk = std::min(ChunkTokens(c), tokens);
+  const int64_t products = kElement * chunk * (3 * c.intermediate_size + 4 * c.hidden_size);
+  const int64_t attention = chunk * (kElement * 3 * (query + 2 * key) + 4 * 4 * c.head_dim);
+  return std::max(products, attention);
+}
+
+int64_t TableBytes(const model::ModelConfig& c) { return kElement * (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * c.hidden_size; }
+
+// Of calibration tokens: hidden states and the inputs of a stage.
+int64_t ActivationBytes(const model::ModelConfig& c, int64_t tokens, bool keep_inputs) {
+  const int64_t narrow = std::max(c.hidden_size, c.num_heads * c.head_dim);
+  return kElement * tokens * (c.hidden_size + (keep_inputs ? std::max(narrow, c.intermediate_size) : narrow));
+}
+
+// While widths are measured: the layer, a stage of it quantized and the copy's layer; a copy of the hidden states per layer.
+MemoryEstimate MeasuringMemory(const model::ModelConfig& c, const PlanRequest& request) {
+  const int64_t tokens = std::min(request.width_tokens, request.calibration_tokens), copied = std::min(request.copied_tokens, tokens);
+  const int64_t layers = (request.streamed ? 1 : c.num_layers) + 2;
+  return {.program = kProgramBytes,
+          .weights = TableBytes(c) + kElement * LayerWeights(c) * layers,
+          .activations = ActivationBytes(c, tokens, /*keep_inputs=*/true) + kElement * copied * c.hidden_size * (c.num_layers + 2),
+          .working = std::max({ForwardBytes(c, tokens), SolverBytes(c, /*native_stream=*/false), 4 * 5 * std::min(kLogitRows, copied) * c.vocab_size})};
+}
+
 std::string MiB(int64_t bytes) { return Join((bytes + kMiB - 1) / kMiB, " MiB"); }
 
 }  // namespace
@@ -97,28 +134,16 @@ std::string RaggedGroupsNote(const model::ModelConfig& config, int64_t group_siz
 }
 
 MemoryEstimate EstimateMemory(const model::ModelConfig& c, const PlanRequest& request) {
-  const int64_t query = c.num_heads * c.head_dim, key = c.num_kv_heads * c.head_dim;
-  const int64_t chunk = std::min(ChunkTokens(c), std::max(request.calibration_tokens, request.held_out_tokens));
   MemoryEstimate m{.program = kProgramBytes};
-  const int64_t tables = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * c.hidden_size;
   const int64_t copies = (request.native_stream ? 1 : 0) + (request.held_out_tokens > 0 ? 1 : 0);
-  m.weights = kElement * (tables + LayerWeights(c) * ((request.streamed ? 1 : c.num_layers) + copies));
-  const int64_t narrow = std::max(c.hidden_size, query);
-  const int64_t input = request.keep_inputs ? std::max(narrow, c.intermediate_size) : narrow;
-  m.activations = kElement * request.calibration_tokens * (c.hidden_size + input) * (request.native_stream ? 2 : 1) +
+  m.weights = TableBytes(c) + kElement * LayerWeights(c) * ((request.streamed ? 1 : c.num_layers) + copies);
+  m.activations = ActivationBytes(c, request.calibration_tokens, request.keep_inputs) * (request.native_stream ? 2 : 1) +
                   kElement * 3 * request.held_out_tokens * c.hidden_size;
-  // A chunk: gate and up, their product, hidden states and norms; in attention q k v twice, angles in float32.
-  const int64_t products = kElement * chunk * (3 * c.intermediate_size + 4 * c.hidden_size);
-  const int64_t attention = chunk * (kElement * 3 * (query + 2 * key) + 4 * 4 * c.head_dim);
-  int64_t solver = 0;
-  for (const ModuleSize& s : ModuleSizes(c)) {
-    const int64_t cross = request.native_stream ? s.in * s.in * 4 * 3 : 0;  // summed, scaled, and times the inverse
-    const int64_t hessian = s.in * s.in * (s.in <= kFloat64Columns ? 4 * 4 + 8 * 5 : 4 * 4 + 4 * 5) + cross;
-    solver = std::max(solver, hessian + s.in * s.out * 4 * 6);
-  }
   const int64_t logits = request.held_out_tokens > 0 ? 4 * 5 * std::min(kLogitRows, request.held_out_tokens) * c.vocab_size : 0;
-  m.working = std::max({products, attention, solver, logits});
-  return m;
+  m.working = std::max({ForwardBytes(c, std::max(request.calibration_tokens, request.held_out_tokens)), SolverBytes(c, request.native_stream), logits});
+  if (request.width_tokens == 0) return m;
+  const MemoryEstimate measuring = MeasuringMemory(c, request);
+  return measuring.Total() > m.Total() ? measuring : m;
 }
 
 Rates MeasureRates() {
@@ -173,12 +198,14 @@ StatusOr<QuantizePlan> MakePlan(const model::ModelConfig& config, PlanRequest re
       return plan;
     }
   }
-  PlanRequest none = request;
-  none.calibration_tokens = 0;
-  const int64_t rest = EstimateMemory(config, none).Total();
-  const int64_t a_token = std::max<int64_t>(1, plan.memory.activations - EstimateMemory(config, none).activations) /
-                          std::max<int64_t>(1, request.calibration_tokens);
-  const int64_t fitting = (budget_bytes - rest) / std::max<int64_t>(1, a_token) / 1024 * 1024;
+  const auto needed = [&](int64_t tokens) {
+    PlanRequest fewer = request;
+    fewer.calibration_tokens = tokens;
+    return EstimateMemory(config, fewer).Total();
+  };
+  const int64_t rest = needed(0);
+  int64_t fitting = request.calibration_tokens / 1024 * 1024;
+  while (fitting > 0 && needed(fitting) > budget_bytes) fitting -= 1024;
   return FailedPrecondition("quantization needs ", plan.Text().substr(0, plan.Text().find(" and ")), ", but memory_mib allows ",
                             MiB(budget_bytes), "; ",
                             fitting >= 1024 ? Join("calibration_tokens ", fitting, " would fit")

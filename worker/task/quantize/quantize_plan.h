@@ -32,6 +32,8 @@ struct PlanRequest {
   bool streamed = true;      // one layer's weights at a time
   bool keep_inputs = true;
   bool native_stream = false;  // GPTAQ's second activations
+  int64_t width_tokens = 0;    // that widths are measured with before, of the calibration tokens; 0 = no size budget
+  int64_t copied_tokens = 0;   // of these, those with a copy per layer (mixed_bits.h)
 };
 
 struct MemoryEstimate {
@@ -41,6 +43,7 @@ struct MemoryEstimate {
   int64_t working = 0;      // the widest moment of a layer: products of a chunk, or Hessian and solver
   int64_t Total() const { return program + weights + activations + working; }
 };
+// The larger moment: quantizing, or measuring widths before it.
 MemoryEstimate EstimateMemory(const model::ModelConfig& config, const PlanRequest& request);
 
 // Operations a second.

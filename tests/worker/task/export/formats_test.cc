@@ -16,6 +16,9 @@
 #include "worker/task/export/export.h"
 #include "worker/task/export/gguf_blocks.h"
 #include "worker/task/export/gguf_vocabulary.h"
+#include "worker/task/export/parts.h"
+#include "worker/task/export/stored_size.h"
+#include "worker/task/quantize/quantized_artifact.h"
 
 namespace refinery::exporting {
 namespace {
@@ -306,7 +309,6 @@ TEST(GgufFolderTest, LeavesNothingBehindWhenItRefuses) {
   EXPECT_FALSE(std::filesystem::exists(folder));
 }
 
-// Goal: layers of another width load.  Method: the folder opens, and every weight is what its codes say.
 // Goal: seeds and digests travel with every format.  Method: read back as the format's own readers would.
 TEST(FormatsTest, EveryFormatSaysHowItCameAbout) {
   Fixture f = MakeFixture("provenance", {.bits = 4, .group_size = 32});
@@ -324,6 +326,7 @@ TEST(FormatsTest, EveryFormatSaysHowItCameAbout) {
        {json_of(folder / "gptq" / "config.json")["quantization_config"]["meta"], json_of(folder / "ct" / "config.json")["refinery"],
         nlohmann::json::parse(gguf->String("refinery.provenance").value_or("{}"))}) {
     EXPECT_EQ(said["calibration_digest"], "c0ffee");
+    EXPECT_EQ(said["settings"]["grid"], "full_range");
     EXPECT_EQ(said["calibration_tokens"], 512);
     EXPECT_EQ(said["calibration"], f.quantized.calibration_facts);
     EXPECT_EQ(said["recovery"], f.quantized.recovery);
@@ -331,6 +334,37 @@ TEST(FormatsTest, EveryFormatSaysHowItCameAbout) {
   }
 }
 
+// Goal: a size budget counts what the folders really take.  Method: the tensors of folders that were written; GPTQ's g_idx,
+// which packed codes do not need, aside.
+TEST(StoredSizeTest, IsThatOfTheTensorsOfTheFolder) {
+  for (const quantize::GptqSettings& settings :
+       {quantize::GptqSettings{.bits = 4, .group_size = 32}, {.bits = 8, .group_size = 32}, {.bits = 3, .group_size = 32}, {.bits = 4, .group_size = 16},
+        {.bits = 4, .group_size = 32, .grid = quantize::Grid::kAsymmetric}, {.bits = 8, .group_size = 32, .grid = quantize::Grid::kAsymmetric}}) {
+    SCOPED_TRACE(quantize::SettingsToJson(settings).dump());
+    const Fixture f = MakeFixture("stored", settings);
+    const std::filesystem::path folder = FreshFolder("stored");
+    const QuantSettings as = SettingsOf(f.quantized);
+    const auto sum = [&](Format format) {
+      int64_t bytes = 0;
+      for (const auto& [module, linear] : f.quantized.linears)
+        bytes += LargestStoredBytes({format}, as, linear.codes.size(0), linear.codes.size(1), settings.bits);
+      return bytes;
+    };
+    ASSERT_THAT(ExportGgufFolder(*f.base, f.quantized, {}, {}, folder / "gguf"), IsOk());
+    EXPECT_EQ(sum(Format::kGguf), static_cast<int64_t>(BytesOf(folder / "gguf")->linear));
+    ASSERT_THAT(ExportGptqFolder(*f.base, f.quantized, {}, folder / "gptq"), IsOk());
+    const auto file = checkpoint::SafetensorsFile::Open(folder / "gptq" / "model.safetensors").value();
+    int64_t stored = 0;
+    for (const auto& [module, linear] : f.quantized.linears)
+      for (const char* part : {".qweight", ".qzeros", ".scales"}) stored += static_cast<int64_t>(file->Get(module + part)->nbytes());
+    EXPECT_EQ(sum(Format::kGptq), stored);
+    if (settings.bits == 3) continue;
+    ASSERT_THAT(ExportCompressedTensorsFolder(*f.base, f.quantized, {}, folder / "ct"), IsOk());
+    EXPECT_EQ(sum(Format::kCompressedTensors), static_cast<int64_t>(BytesOf(folder / "ct")->linear));
+  }
+}
+
+// Goal: layers of another width load.  Method: the folder opens, and every weight is what its codes say.
 TEST(GptqFolderTest, LayersOfOtherWidthsStandInDynamic) {
   Fixture f = MakeFixture("dynamic", {.bits = 4, .group_size = 32});
   const at::Tensor weight = TinyTensors(at::kBFloat16).at("model.layers.1.mlp.down_proj.weight");

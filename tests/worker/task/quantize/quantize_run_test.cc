@@ -382,13 +382,14 @@ TEST_F(QuantizeRunTest, BudgetsBelowTheNarrowestWidthAreRefused) {
   ASSERT_EQ(config.hidden_size, 64);
   ASSERT_EQ(config.intermediate_size, 96);
   const int64_t weights = 2 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 96 * 64), least = (weights * 3 + weights / 32 * 19) / 8;
-  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bytes = least}), IsOk());
-  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bytes = least - 1}),
+  const SizeOf size = [](int64_t out, int64_t in, int64_t bits) { return ModuleBytes(out, in, bits, 32); };
+  EXPECT_THAT(CheckBudget(config, size, {3, 8}, {.bytes = least}), IsOk());
+  EXPECT_THAT(CheckBudget(config, size, {3, 8}, {.bytes = least - 1}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(Join("quantize.gptq.bytes_budget is ", least - 1, ", but 3 bits"))));
-  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bits_per_weight = 3 + 19.0 / 32}), IsOk());
-  EXPECT_THAT(CheckBudget(config, 32, {3, 8}, {.bits_per_weight = 3.5}),
+  EXPECT_THAT(CheckBudget(config, size, {3, 8}, {.bits_per_weight = 3 + 19.0 / 32}), IsOk());
+  EXPECT_THAT(CheckBudget(config, size, {3, 8}, {.bits_per_weight = 3.5}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("3.594 bits a weight")));
-  EXPECT_THAT(CheckBudget(config, 32, {2, 3}, {.bits_per_weight = 3.5}), IsOk());
+  EXPECT_THAT(CheckBudget(config, size, {2, 3}, {.bits_per_weight = 3.5}), IsOk());
 }
 
 // Goal: losses fall with bits, fused layers are one group, sizes are those of the stored tensors, and the chosen widths arrive.
@@ -475,6 +476,20 @@ TEST(QuantizePlanTest, KeepsWithinTheBudgetOrNamesWhatWouldFit) {
   EXPECT_THAT(MakePlan(config, {.calibration_tokens = proposed}, least - (30 << 20), rates), IsOk());
   EXPECT_FALSE(MakePlan(config, {.calibration_tokens = proposed * 5 / 4}, least - (30 << 20), rates).ok());
   EXPECT_FALSE(plan(1 << 20).ok());
+}
+
+// Goal: a size budget's measurement counts.  Method: it keeps a copy of 512 tokens' hidden states per layer and two more layers' weights;
+// with few calibration tokens and a wide vocabulary aside that is the larger moment, with many it is not.
+TEST(QuantizePlanTest, MeasuringWidthsCounts) {
+  const model::ModelConfig config = SmolConfig();
+  const int64_t layer = 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536), table = 2 * 49152 * 576;
+  const MemoryEstimate few = EstimateMemory(config, {.calibration_tokens = 8192, .width_tokens = 8192, .copied_tokens = 512});
+  EXPECT_EQ(few.weights, table + 3 * layer);
+  EXPECT_EQ(few.activations, 8192 * 2 * (576 + 1536) + 2 * 512 * 576 * 32);
+  const MemoryEstimate many = EstimateMemory(config, {.calibration_tokens = 65536, .width_tokens = 8192, .copied_tokens = 512});
+  EXPECT_EQ(many.Total(), EstimateMemory(config, {.calibration_tokens = 65536}).Total());
+  EXPECT_EQ(CopiedTokens(256), 512);
+  EXPECT_EQ(CopiedTokens(300), 600);
 }
 
 TEST(QuantizePlanTest, SecondsGrowWithTokensAndFallWithRates) {

@@ -16,7 +16,7 @@ demo: install-model programs
 
 # Every test that needs no GPU.
 test: install-model build test-malformed
-	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j1
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j2
 
 # Malformed files under AddressSanitizer and UndefinedBehaviorSanitizer: some thousand inputs, each read or refused in time.
 test-malformed:

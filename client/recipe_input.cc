@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <random>
 
+#include "absl/strings/ascii.h"
 #include "client/render/json.h"
 #include "common/artifact_client.h"
 #include "common/digest.h"
@@ -15,7 +16,7 @@ namespace {
 // The name that an uploaded file has in its artifact, whatever it is called here: the same rows are the same artifact.
 // CSV is told from JSON lines by its name alone, and so is the plain text that calibration takes.
 std::string FileName(const std::string& role, const std::filesystem::path& file) {
-  const std::string extension = file.extension().string();
+  const std::string extension = absl::AsciiStrToLower(file.extension().string());
   if (role == "general" && (extension == ".txt" || extension == ".md")) return "rows.txt";
   return extension == ".csv" ? "rows.csv" : "rows.jsonl";
 }

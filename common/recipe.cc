@@ -103,6 +103,9 @@ void FillRest(v1::Recipe* recipe) {
     const bool all = std::none_of(written->formats().begin(), written->formats().end(),
                                   [](const std::string& format) { return format == "compressed_tensors" || format == "gguf"; });
     for (const uint32_t bits : all ? std::vector<uint32_t>{2, 3, 4, 8} : std::vector<uint32_t>{4, 8}) gptq->add_widths(bits);
+    // GGUF has no block of 8 bits with zero points: 16-bit weights would stand there.
+    const bool gguf = std::find(written->formats().begin(), written->formats().end(), "gguf") != written->formats().end();
+    if (gguf && gptq->grid() == "asymmetric") gptq->mutable_widths()->RemoveLast();
   }
   for (v1::Benchmark& benchmark : *evaluate->mutable_benchmarks()) {
     auto known = KnownBenchmarks().find(benchmark.name());

@@ -273,6 +273,9 @@ Status CheckExport(const v1::Export& written, const v1::Gptq& gptq) {
     const std::string field = Join("export.formats[", i, "]"), &format = written.formats(i);
     RF_RETURN_IF_ERROR(OneOf(field, format, {"gptq", "gptq_v2", "compressed_tensors", "gguf"}));
     if (!seen.insert(format).second) return InvalidArgument(field, " is '", format, "' again; name each once");
+    if (format != "gptq" && format != "gptq_v2" && !gptq.widths().empty() && gptq.widths(0) < 4)
+      return InvalidArgument("quantize.gptq.widths[0] is ", gptq.widths(0), ", which the format '", format,
+                             "' stores as 4: it would take no less; give 4 and 8, or leave the format out");
     if (format != "compressed_tensors") continue;
     // GGUF holds everything, some of it as 16-bit weights; of compressed-tensors single layers of 2 and 3 bits can stand as 4.
     if (!HasBudget(gptq) && gptq.bits() != 4 && gptq.bits() != 8)

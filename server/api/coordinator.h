@@ -48,7 +48,9 @@ struct CoordinatorOptions {
   Milliseconds long_poll = limits::kLongPoll;
   Milliseconds watch_heartbeat = limits::kWatchHeartbeat;
   Milliseconds retry_backoff{1'000};
-  std::string code_version = REFINERY_VERSION;
+  // Part of every task's identity: results of another one are not reused. The number behind '+' rises when a task kind comes to make
+  // other outputs of the same inputs within a version (1: quantization is calibrated without the validation examples).
+  std::string code_version = REFINERY_VERSION "+1";
   std::function<report::Report(const report::ReportInput&)> make_report;  // required
   uint64_t snapshot_every = 100'000;                 // events
   Milliseconds event_retention{std::chrono::hours(24 * 90)};  // after a job's end; then it can only be shown, not watched anew

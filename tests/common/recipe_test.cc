@@ -304,7 +304,11 @@ TEST(RecipeTest, WidthsOfABudgetAreThoseThatTheFormatsHold) {
   EXPECT_THAT(widths("quantize: {gptq: {bytes_budget: 100000000}}\nexport: {formats: [gptq, gptq_v2]}\n"), ElementsAre(2, 3, 4, 8));
   EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5}}\nexport: {formats: [gptq, gguf]}\n"), ElementsAre(4, 8));
   EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5}}\nexport: {formats: [compressed_tensors]}\n"), ElementsAre(4, 8));
-  EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5, widths: [3, 4]}}\nexport: {formats: [gguf]}\n"), ElementsAre(3, 4));
+  EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 5, grid: asymmetric}}\nexport: {formats: [gguf]}\n"), ElementsAre(4));
+  EXPECT_THAT(widths("quantize: {gptq: {bits_budget: 4.5, widths: [3, 4]}}\nexport: {formats: [gptq]}\n"), ElementsAre(3, 4));
+  for (const char* format : {"gguf", "compressed_tensors"})
+    EXPECT_THAT(Error(Join("quantize: {gptq: {bits_budget: 4.5, widths: [3, 8]}}\nexport: {formats: [gptq, ", format, "]}\n")),
+                HasSubstr(Join("quantize.gptq.widths[0] is 3, which the format '", format, "' stores as 4")));
 }
 
 TEST(RecipeTest, NamesAndModels) {

@@ -42,7 +42,7 @@ std::string FirstOf(std::initializer_list<std::string> problems) {
 
 // compressed-tensors holds single layers of 2 and 3 bits as 4; a whole model of them it does not.
 QuantSettings Widened(QuantSettings s) {
-  if (s.mixed.empty()) return s;
+  if (!IsMixed(s)) return s;
   for (int64_t& bits : s.mixed) bits = std::max<int64_t>(bits, 4);
   s.bits = std::max<int64_t>(s.bits, 4);
   return s;
@@ -202,15 +202,16 @@ double MeanWidth(const QuantSettings& s) {
 // How far two settings lie apart: widths first, then zero points and order, then the group size.
 double Distance(const QuantSettings& a, const QuantSettings& b) {
   const auto size = [](int64_t group) { return group == -1 ? 12.0 : std::log2(static_cast<double>(group)); };
-  return 100 * std::abs(MeanWidth(a) - MeanWidth(b)) + (IsMixed(a) != IsMixed(b) ? 50 : 0) + (a.symmetric != b.symmetric ? 30 : 0) + (a.act_order != b.act_order ? 20 : 0) +
+  return 100 * std::abs(MeanWidth(a) - MeanWidth(b)) + (IsMixed(a) != IsMixed(b) ? 80 : 0) + (a.symmetric != b.symmetric ? 30 : 0) + (a.act_order != b.act_order ? 20 : 0) +
          (a.head != b.head ? 20 : 0) + std::abs(size(a.group_size) - size(b.group_size));
 }
 
 std::string NearestTo(const model::ModelConfig& config, const QuantSettings& wanted, const Rule& problem) {
   const QuantSettings* best = nullptr;
   std::vector<QuantSettings> all;
-  std::vector<std::vector<int64_t>> widths = {Widths(wanted), {4}, {3}, {8}, {2}};
+  std::vector<std::vector<int64_t>> widths = {Widths(wanted)};
   if (IsMixed(wanted)) widths.push_back({4, 8});
+  for (const int64_t bits : {4, 3, 8, 2}) widths.push_back({bits});
   for (const std::vector<int64_t>& bits : widths) {
     for (const int64_t group : {wanted.group_size, int64_t{-1}, int64_t{16}, int64_t{32}, int64_t{64}, int64_t{128}}) {
       for (const bool keep : {true, false}) {

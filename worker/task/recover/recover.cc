@@ -111,7 +111,7 @@ nlohmann::json Fingerprint(const RecoverInputs& inputs, const RecoverSettings& s
   return {{"seed", inputs.seed},
           {"scales", DigestOfScales(quantized)},
           {"train", quantize::CalibrationDigest(inputs.train)},
-          {"validation", quantize::CalibrationDigest(inputs.validation)},
+          {"held_out", quantize::CalibrationDigest(inputs.validation)},  // its name in checkpoints of before
           {"steps", s.steps},
           {"tokens_per_step", s.tokens_per_step},
           {"learning_rate", s.learning_rate},

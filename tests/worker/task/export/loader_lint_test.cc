@@ -66,6 +66,11 @@ TEST(LoaderLintTest, LayersOfSeveralWidths) {
   EXPECT_EQ(Find(verdicts, Format::kGptq, "transformers + gptqmodel").nearest, "4 bits in every layer");
   EXPECT_EQ(Find(verdicts, Format::kGptq, "vLLM (Marlin)").nearest, "widths 4, 8");
   EXPECT_TRUE(Find(verdicts, Format::kCompressedTensors, "vLLM (Marlin)").accepts);  // 3 bits stand as 4
+  // Whatever the widths, Marlin's nearest is still a mix.
+  for (const std::vector<int64_t>& widths : {std::vector<int64_t>{2, 3, 4, 8}, {2, 4, 8}, {2, 3, 4}, {2, 3}, {3, 4}})
+    EXPECT_EQ(Find(LintLoaders(SmolLm(), {.bits = widths.front(), .mixed = widths}, kAll), Format::kGptq, "vLLM (Marlin)").nearest, "widths 4, 8");
+  // The same width twice is no mix.
+  EXPECT_FALSE(CheckFormat(SmolLm(), {.bits = 3, .mixed = {3}}, Format::kCompressedTensors).ok());
   EXPECT_TRUE(Find(verdicts, Format::kGguf, "llama.cpp").accepts);
 }
 

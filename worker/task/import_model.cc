@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common/files.h"
 #include "worker/task/checkpoint/import.h"
 #include "worker/task/export/gguf_vocabulary.h"
@@ -22,9 +24,7 @@ Status Lint(const ImportModelSpec& spec, const TaskContext& context, const Resol
     if (format != exporting::Format::kGguf) continue;
     RF_RETURN_IF_ERROR(exporting::GgufVocabulary(imported.folder->path(), config.vocab_size).status());
     if (const std::string problem = exporting::GgufBlockProblem(settings); !problem.empty())
-      context.events.Note("gguf_plain_weights", Join("gguf: ", problem, ": no block type holds such layers, which will stand there as 16-bit "
-                                                     "weights; a group size that 32 divides, without classic order, or zero points "
-                                                     "at 8 bits, keeps the codes"));
+      context.events.Note("gguf_plain_weights", Join("gguf: ", problem, ": no block type holds such layers, they stand there as 16-bit weights"));
   }
   for (const exporting::Verdict& verdict : exporting::LintLoaders(config, settings, formats)) {
     if (verdict.accepts) continue;
@@ -37,6 +37,12 @@ Status Lint(const ImportModelSpec& spec, const TaskContext& context, const Resol
 // The bounds of size and memory that quantization could never keep to.
 Status CheckBounds(const GptqSpec& gptq, const std::vector<std::string>& formats, const model::ModelConfig& config) {
   if (gptq.HasBudget()) {
+    exporting::QuantSettings narrowest = LoaderSettings(gptq);
+    narrowest.mixed.clear();
+    const std::string problem = exporting::GgufBlockProblem(narrowest);
+    if (!problem.empty() && std::find(formats.begin(), formats.end(), "gguf") != formats.end())
+      return InvalidArgument("quantize.gptq has a size budget, but with ", problem, " every layer stands in gguf as 16-bit weights; leave gguf out "
+                             "of export.formats, or take another quantize.gptq.order or group_size");
     RF_ASSIGN_OR_RETURN(const quantize::SizeOf bytes, StoredSize(gptq, formats));
     RF_RETURN_IF_ERROR(quantize::CheckBudget(config, bytes, gptq.widths, BudgetOf(gptq)));
   }

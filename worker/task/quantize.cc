@@ -87,18 +87,26 @@ StatusOr<nlohmann::json> Fingerprint(const GptqSpec& spec, const std::vector<std
                         {"code", Join(REFINERY_VERSION, "/", kCodeVersion)}};
 }
 
-// Bits by module where there is a size to keep to; measured once and kept in the journal.
+// Whether a journal's fact gives every module one of the widths.
+bool HasWidths(const nlohmann::json& kept, const model::ModelConfig& config, const std::vector<int64_t>& widths) {
+  if (!kept.is_object()) return false;
+  for (const quantize::ModuleSize& size : quantize::ModuleSizes(config)) {
+    for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+      const auto found = kept.find(quantize::ModuleName(layer, size));
+      if (found == kept.end() || std::find(widths.begin(), widths.end(), *found) == widths.end()) return false;
+    }
+  }
+  return true;
+}
+
+// Bits by module under a budget; measured once and kept in the journal.
 StatusOr<std::map<std::string, int64_t>> AllotModules(const QuantizeSpec& task, const quantize::GptqSettings& settings,
                                                       const StreamedModel& model, const Calibration& calibration,
                                                       quantize::Journal& journal, TaskContext& context) {
   const GptqSpec& spec = task.gptq;
   std::map<std::string, int64_t> bits;
-  if (!spec.HasBudget()) return bits;
   const nlohmann::json kept = journal.ReadFact(kBitsFact);
-  if (kept.is_object()) {
-    for (const auto& [module, value] : kept.items()) bits[module] = value.is_number_integer() ? value.get<int64_t>() : 0;
-    return bits;
-  }
+  if (HasWidths(kept, model.lm->config(), spec.widths)) return kept.get<std::map<std::string, int64_t>>();
   quantize::TokenSequences probe;
   int64_t tokens = 0;
   for (const std::vector<int32_t>& sequence : calibration.sequences) {
@@ -216,8 +224,6 @@ Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
     context.events.Note("resumed", Join(journal.modules().size(), " modules were quantized before this attempt"));
 
   quantize::QuantizeOptions options{.layers = model.layer, .journal = &journal, .keep_inputs = plan.keep_inputs};
-  RF_ASSIGN_OR_RETURN(options.bits, AllotModules(spec, settings, model, calibration, journal, context));
-  if (gptq.HasBudget()) settings.bits = CommonWidth(config, options.bits);
   if (!held_out.ids.empty()) options.held_out = &held_out;
   if (checkpoints) {
     options.publish = [&](int64_t modules) -> Status {
@@ -227,9 +233,19 @@ Status Quantize(const QuantizeSpec& spec, TaskContext& context) {
       return absl::OkStatus();
     };
   }
+  if (gptq.HasBudget()) {
+    RF_ASSIGN_OR_RETURN(options.bits, AllotModules(spec, settings, model, calibration, journal, context));
+    settings.bits = CommonWidth(config, options.bits);
+    // What was measured need not be measured again elsewhere.
+    if (checkpoints && journal.modules().empty()) RF_RETURN_IF_ERROR(options.publish(0));
+  }
   RF_ASSIGN_OR_RETURN(quantize::QuantizedModel quantized,
                       quantize::QuantizeModel(*model.lm, {.ids = calibration.sequences, .weights = {}}, settings, options, context.events));
   quantized.calibration_facts = std::move(facts);
+  if (gptq.HasBudget()) {
+    quantized.budget = {{"widths", gptq.widths}, {"formats", spec.formats}};
+    quantized.budget[gptq.bytes_budget > 0 ? "bytes" : "bits_per_weight"] = gptq.bytes_budget > 0 ? nlohmann::json(gptq.bytes_budget) : nlohmann::json(gptq.bits_budget);
+  }
   MeasureErrors(quantized, context);
   if (quantized.held_out && quantized.held_out->tokens > 0) {
     ReportHeldOut(*quantized.held_out, context);

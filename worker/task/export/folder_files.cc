@@ -76,9 +76,12 @@ std::string FrontMatter(Kind kind, const ModelCard& card) {
   return out + "pipeline_tag: text-generation\n---\n\n";
 }
 
-std::string Introduction(Kind kind) {
+std::string Introduction(Kind kind, bool mixed) {
   switch (kind) {
     case Kind::kGptq:
+      if (mixed)
+        return "Weights quantized with GPTQ (HF GPTQ checkpoint), its layers with widths of their own. Load it with GPTQModel:\n\n"
+               "```python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load(folder)\n```\n";
       return "Weights quantized with GPTQ (HF GPTQ checkpoint). Load it with transformers and gptqmodel installed:\n\n"
              "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
              "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n";
@@ -88,8 +91,8 @@ std::string Introduction(Kind kind) {
              "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
              "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n";
     case Kind::kGguf:
-      return "Weights quantized with GPTQ: the same integer codes as in the other folders, as blocks of ggml. Run it with "
-             "llama.cpp:\n\n```sh\nllama-cli -m model.gguf\n```\n";
+      return "Weights quantized with GPTQ: the same integer codes as in the other folders, as blocks of ggml where there are blocks that hold "
+             "them. Run it with llama.cpp:\n\n```sh\nllama-cli -m model.gguf\n```\n";
     case Kind::kAdapter:
       return "A LoRA adapter. Load it with peft:\n\n"
              "```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, folder)\n```\n";
@@ -126,9 +129,9 @@ Status CopyCompanions(const std::filesystem::path& base, const std::filesystem::
 }
 
 Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::pair<std::string, std::string>>& facts,
-                      const std::filesystem::path& folder) {
+                      const std::filesystem::path& folder, bool mixed) {
   std::string text = FrontMatter(kind, card);
-  text += Join("# ", card.name.empty() ? "Refined model" : Cell(card.name), "\n\n", Introduction(kind), "\n");
+  text += Join("# ", card.name.empty() ? "Refined model" : Cell(card.name), "\n\n", Introduction(kind, mixed), "\n");
   if (!facts.empty()) text += Join("## Facts\n\n", Table("What", "Value", facts), "\n");
   if (!card.measurements.empty()) text += Join("## Measurements\n\n", Table("Measurement", "Value", card.measurements), "\n");
   if (!card.recipe.empty()) {
@@ -166,6 +169,10 @@ nlohmann::json Provenance(const quantize::QuantizedModel& quantized) {
                           {"calibration_digest", quantized.calibration_digest},
                           {"calibration_tokens", quantized.calibration_tokens}};
   if (quantized.calibration_facts.is_object() && !quantized.calibration_facts.empty()) facts["calibration"] = quantized.calibration_facts;
+  if (quantized.budget.is_object()) {
+    facts["budget"] = quantized.budget;
+    for (const auto& [module, linear] : quantized.linears) facts["bits_by_module"][module] = linear.bits;
+  }
   if (quantized.recovery.is_object()) facts["recovery"] = quantized.recovery;
   return facts;
 }

@@ -17,9 +17,9 @@ namespace refinery::exporting {
 Status CopyCompanions(const std::filesystem::path& base, const std::filesystem::path& folder);
 
 enum class Kind { kGptq, kCompressedTensors, kGguf, kAdapter, kMerged };
-// README.md. `facts` are further rows of the table of facts.
+// README.md. `facts` are further rows of the table of facts; `mixed`: layers have widths of their own, which not every loader takes.
 Status WriteModelCard(Kind kind, const ModelCard& card, const std::vector<std::pair<std::string, std::string>>& facts,
-                      const std::filesystem::path& folder);
+                      const std::filesystem::path& folder, bool mixed = false);
 // Width, group size, bytes and errors of a quantized model, as rows of that table.
 std::vector<std::pair<std::string, std::string>> QuantizedFacts(const quantize::QuantizedModel& quantized);
 

@@ -134,7 +134,7 @@ Status ExportGptqFolder(const checkpoint::ModelFolder& base, const quantize::Qua
     RF_RETURN_IF_ERROR(WriteFileAtomically(partial / "config.json", config.dump(2) + "\n"));
     RF_RETURN_IF_ERROR(WriteFileAtomically(partial / "quantize_config.json", quantization.dump(2) + "\n"));
     RF_RETURN_IF_ERROR(CopyCompanions(base.path(), partial));
-    RF_RETURN_IF_ERROR(WriteModelCard(Kind::kGptq, card, QuantizedFacts(quantized), partial));
+    RF_RETURN_IF_ERROR(WriteModelCard(Kind::kGptq, card, QuantizedFacts(quantized), partial, !SettingsOf(quantized).mixed.empty()));
     RF_RETURN_IF_ERROR(VerifyGptqFolder(base, quantized, partial, format));
     RF_ASSIGN_OR_RETURN(const ModelBytes bytes, MeasureFolder(quantized, partial));
     return WriteManifest(partial, &bytes);

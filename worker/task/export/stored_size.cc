@@ -18,6 +18,7 @@ constexpr int64_t kShapeBytes = 16;  // weight_shape of compressed-tensors
 int64_t GgufBytes(QuantSettings settings, int64_t out, int64_t in, int64_t bits) {
   settings.bits = bits;
   settings.mixed.clear();
+  settings.group_size = quantize::ResolveGroupSize(settings.group_size, in);
   if (!GgufBlockProblem(settings).empty()) return out * in * kPlainBytes;
   return out * (in / kBlock) * (bits == 8 ? kQ8_0Bytes : settings.symmetric ? kQ4_0Bytes : kQ4_1Bytes);
 }

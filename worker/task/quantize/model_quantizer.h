@@ -46,6 +46,7 @@ struct QuantizedModel {
   std::map<std::string, QuantizedLinear> linears;  // by module: "model.layers.3.self_attn.q_proj"; empty with a journal
   std::map<std::string, GptqReport> reports;       // the same keys
   std::map<std::string, at::Tensor> norms;         // tuned by recovery, instead of the base model's: "model.norm.weight"
+  nlohmann::json budget;                           // the size that chose the modules' widths (docs/formats.md); null where there was none
   nlohmann::json recovery;                         // how the scales were tuned (docs/formats.md); null where they were not
   std::optional<HeldOutFigures> held_out;          // never stored
   QuantizeTimes times;                             // never stored: artifacts are deterministic

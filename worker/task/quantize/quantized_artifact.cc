@@ -63,6 +63,7 @@ Status WriteArtifact(const QuantizedModel& quantized, const std::map<std::string
   calibration.update({{"digest", quantized.calibration_digest}, {"tokens", quantized.calibration_tokens}});
   nlohmann::json facts = SettingsToJson(s);
   facts.update({{"format", kFormat}, {"calibration", std::move(calibration)}, {"modules", std::move(modules)}});
+  if (quantized.budget.is_object()) facts["budget"] = quantized.budget;
   if (quantized.recovery.is_object()) facts["recovery"] = quantized.recovery;
   if (!quantized.norms.empty()) {
     facts["norms"] = nlohmann::json::array();
@@ -79,6 +80,7 @@ void FactsFromJson(const nlohmann::json& facts, QuantizedModel* quantized, std::
   facts.at("calibration").at("tokens").get_to(quantized->calibration_tokens);
   quantized->calibration_facts = facts.at("calibration");
   for (const char* key : {"digest", "tokens"}) quantized->calibration_facts.erase(key);
+  if (facts.contains("budget")) quantized->budget = facts.at("budget");
   if (facts.contains("recovery")) quantized->recovery = facts.at("recovery");
   for (const nlohmann::json& name : facts.value("norms", nlohmann::json::array())) quantized->norms.try_emplace(name.get<std::string>());
   for (const auto& [module, entry] : facts.at("modules").items()) {

@@ -339,15 +339,19 @@ TEST(FormatsTest, EveryFormatSaysHowItCameAbout) {
 TEST(StoredSizeTest, IsThatOfTheTensorsOfTheFolder) {
   for (const quantize::GptqSettings& settings :
        {quantize::GptqSettings{.bits = 4, .group_size = 32}, {.bits = 8, .group_size = 32}, {.bits = 3, .group_size = 32}, {.bits = 4, .group_size = 16},
+        {.bits = 4, .group_size = -1}, {.bits = 4, .group_size = 1000},
         {.bits = 4, .group_size = 32, .grid = quantize::Grid::kAsymmetric}, {.bits = 8, .group_size = 32, .grid = quantize::Grid::kAsymmetric}}) {
     SCOPED_TRACE(quantize::SettingsToJson(settings).dump());
-    const Fixture f = MakeFixture("stored", settings);
+    Fixture f = MakeFixture("stored", settings);
+    // compressed-tensors holds 3 bits, as 4, in single layers only.
+    const at::Tensor weight = TinyTensors(at::kBFloat16).at("model.layers.1.mlp.down_proj.weight");
+    if (settings.bits == 3) f.quantized.linears["model.layers.1.mlp.down_proj"] = quantize::RoundToNearest(weight, {.bits = 4, .group_size = 32});
     const std::filesystem::path folder = FreshFolder("stored");
     const QuantSettings as = SettingsOf(f.quantized);
     const auto sum = [&](Format format) {
       int64_t bytes = 0;
       for (const auto& [module, linear] : f.quantized.linears)
-        bytes += LargestStoredBytes({format}, as, linear.codes.size(0), linear.codes.size(1), settings.bits);
+        bytes += LargestStoredBytes({format}, as, linear.codes.size(0), linear.codes.size(1), linear.bits);
       return bytes;
     };
     ASSERT_THAT(ExportGgufFolder(*f.base, f.quantized, {}, {}, folder / "gguf"), IsOk());
@@ -358,7 +362,7 @@ TEST(StoredSizeTest, IsThatOfTheTensorsOfTheFolder) {
     for (const auto& [module, linear] : f.quantized.linears)
       for (const char* part : {".qweight", ".qzeros", ".scales"}) stored += static_cast<int64_t>(file->Get(module + part)->nbytes());
     EXPECT_EQ(sum(Format::kGptq), stored);
-    if (settings.bits == 3) continue;
+    if (settings.group_size == 1000) continue;  // which only GPTQ's and GGUF's readers take
     ASSERT_THAT(ExportCompressedTensorsFolder(*f.base, f.quantized, {}, folder / "ct"), IsOk());
     EXPECT_EQ(sum(Format::kCompressedTensors), static_cast<int64_t>(BytesOf(folder / "ct")->linear));
   }

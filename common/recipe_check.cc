@@ -231,10 +231,10 @@ Status CheckBudgets(const v1::Gptq& gptq) {
   if (gptq.bits_budget() != 0) {
     RF_RETURN_IF_ERROR(Between("quantize.gptq.bits_budget", gptq.bits_budget(), 2, 9));
     if (gptq.bytes_budget() != 0)
-      return InvalidArgument("quantize.gptq.bytes_budget goes not together with quantize.gptq.bits_budget; give one of them");
+      return InvalidArgument("quantize.gptq.bytes_budget cannot be given together with quantize.gptq.bits_budget; give one of them");
   }
   if (HasBudget(gptq) && gptq.bits() != 0)
-    return InvalidArgument("quantize.gptq.bits goes not together with a budget, under which each layer gets one of quantize.gptq.widths; leave it out");
+    return InvalidArgument("quantize.gptq.bits cannot be given together with a budget, under which each layer gets one of quantize.gptq.widths; leave it out");
   if (!gptq.widths().empty() && !HasBudget(gptq))
     return InvalidArgument("quantize.gptq.widths are for a budget; give quantize.gptq.bits_budget or bytes_budget, or bits instead of widths");
   for (int i = 0; i < gptq.widths_size(); ++i) {
